@@ -1,0 +1,95 @@
+"""What all tests share: the scripts, found by pattern, and ways to run them."""
+
+import importlib.util
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+HERE = Path(__file__).resolve().parent.parent
+EVALUATOR = "fid"  # the one top-level file that trains nothing
+SCRIPTS = sorted(path.stem for path in HERE.glob("*.py") if path.stem != EVALUATOR)
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "cuda: needs a CUDA device")
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("cuda"):
+                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+def load(path):
+    """Import a script from a path, without its folder on sys.path."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(params=SCRIPTS)
+def script(request):
+    """The name of every training script, one after the other."""
+    return request.param
+
+
+@pytest.fixture
+def module(script):
+    """Every training script as a module."""
+    return load(HERE / f"{script}.py")
+
+
+@pytest.fixture
+def tiny(module):
+    """Flags for the smallest run that the script can make."""
+    return ["--size", str(min(module.SIZES)), "--batch", "8", "--device", "cpu"]
+
+
+@pytest.fixture
+def alone(script, tmp_path, monkeypatch):
+    """An empty folder with a copy of the script, as the current directory."""
+    shutil.copy(HERE / f"{script}.py", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def tree(folder):
+    """Every folder and every file with its content: what "nothing changed" means."""
+    paths = sorted(Path(folder).rglob("*"))
+    return {str(path): path.read_bytes() if path.is_file() else None for path in paths}
+
+
+def call(module, *args):
+    """Run main() in this process -> exit status."""
+    try:
+        module.main([str(arg) for arg in args])
+    except SystemExit as end:
+        return end.code
+    return 0
+
+
+def shell(*args, code=None, **options):
+    """Run Python in a process of its own -> the finished process, with its output as text."""
+    command = [sys.executable, *(["-c", code] if code else []), *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, **options)
+
+
+def step_of(module, monkeypatch, args, data):
+    """What train() hands to fit(): {"step": ..., "draw": ..., "parts": ..., "grid": ...}."""
+    caught = {}
+
+    def fit(args, data, step, draw, parts, grid=None):
+        caught.update(args=args, step=step, draw=draw, parts=parts, grid=grid)
+
+    monkeypatch.setattr(module, "fit", fit)
+    settings, saved = module.command_line([str(arg) for arg in args])
+    module.check(settings, saved)
+    torch.manual_seed(settings.seed)
+    module.train(settings, data)
+    return caught

@@ -1,0 +1,131 @@
+"""Wrong input of any kind: one line on stderr, exit status 2, nothing changed on the disk."""
+
+import shutil
+
+import pytest
+import torch
+from conftest import HERE, call, shell, tree
+from PIL import Image
+
+
+@pytest.fixture
+def desk(alone, module, script, tiny, capsys):
+    """A folder with the things that the table below names, and a finished run in runs/old."""
+    (alone / "empty").mkdir()
+    (alone / "words").mkdir()
+    (alone / "words" / "a.txt").write_text("no image")
+    (alone / "broken").mkdir()
+    (alone / "broken" / "a.png").write_bytes(b"no image")
+    (alone / "file").write_text("a file")
+    (alone / "few").mkdir()
+    for i in range(4):
+        Image.new("RGB", (20, 20), (60 * i, 0, 0)).save(alone / "few" / f"{i}.png")
+    (alone / "celeba" / "img_align_celeba").mkdir(parents=True)
+    Image.new("RGB", (178, 218)).save(alone / "celeba" / "img_align_celeba" / "000001.jpg")
+    assert call(module, "--steps", 1, *tiny, "--out", "old") == 0
+    whole = (alone / "old" / "checkpoint.pt").read_bytes()
+    for name, content in [("cut", whole[: len(whole) // 2]), ("text", b"hello"), ("void", b"")]:
+        (alone / name).mkdir()
+        (alone / name / "checkpoint.pt").write_bytes(content)
+    saved = torch.load(alone / "old" / "checkpoint.pt")
+    (alone / "foreign").mkdir()
+    torch.save({**saved, "script": "other"}, alone / "foreign" / "checkpoint.pt")
+    (alone / "misfit").mkdir()
+    saved["parts"]["G"] = {"nothing": torch.zeros(1)}
+    torch.save(saved, alone / "misfit" / "checkpoint.pt")
+    (alone / "strange").mkdir()
+    torch.save([1, 2], alone / "strange" / "checkpoint.pt")
+    capsys.readouterr()
+    return alone
+
+
+TABLE = [
+    ("--data nothing", "nothing is no folder and no data set. Data sets: cartoon, mnist"),
+    ("--data no/such/folder", "no folder"),
+    ("--data empty", "empty"),
+    ("--data words", "words"),
+    ("--data broken", "broken"),
+    ("--data file", "file is a file"),
+    ("--data celeba --root .", "list_attr_celeba.txt"),
+    ("--data few --batch 5", "4 usable images; 5 are needed"),
+    ("--data lsun_church --root empty", "church_outdoor_train_lmdb"),
+    ("--size 33", "--size 33"),
+    ("--size 8", "--size 8"),
+    ("--size 0", "--size"),
+    ("--size -64", "--size"),
+    ("--size big", "--size"),
+    ("--batch 5000", "2560 usable images; 5000 are needed"),
+    ("--batch 1", "--batch"),
+    ("--batch 0", "--batch"),
+    ("--batch -4", "--batch"),
+    ("--batch 2.5", "--batch"),
+    ("--epochs -1", "--epochs"),
+    ("--epochs 0", "--epochs"),
+    ("--epochs nan", "--epochs"),
+    ("--steps 0", "--steps"),
+    ("--steps -3", "--steps"),
+    ("--lr -0.1", "--lr"),
+    ("--lr 0", "--lr"),
+    ("--lr inf", "--lr"),
+    ("--lr fast", "--lr"),
+    ("--seed -1", "--seed"),
+    ("--device tpu", "--device tpu"),
+    ("--device cuda:99", "--device cuda:99"),
+    ("--colour red", "--colour"),
+    ("--batch", "--batch"),
+    ("extra", "extra"),
+    ("--out file", "file"),
+    ("--out file/below", "file"),
+    ("--out old", "old holds a run already"),
+    ("--resume", "there is no checkpoint"),
+    ("--generate 4", "there is no checkpoint"),
+    ("--generate 0 --out old", "--generate"),
+    ("--generate -1 --out old", "--generate"),
+    ("--resume --out empty", "there is no checkpoint"),
+    ("--resume --out cut", "cut/checkpoint.pt is damaged"),
+    ("--resume --out text", "text/checkpoint.pt is damaged"),
+    ("--resume --out void", "void/checkpoint.pt is damaged"),
+    ("--resume --out strange", "strange/checkpoint.pt was not written by"),
+    ("--generate 4 --out cut", "cut/checkpoint.pt is damaged"),
+    ("--resume --out foreign", "foreign/checkpoint.pt was not written by"),
+    ("--resume --out misfit --steps 2", "does not fit"),
+    ("--resume --out old --steps 2 --size 64", "this run has --size"),
+    ("--resume --out old --steps 2 --data mnist", "this run has --data cartoon"),
+    ("--resume --out old --steps 1", "--steps"),
+]
+
+
+def test_one_line_status_two_nothing_written(module, script, desk, capsys):
+    before, wrong = tree(desk), []
+    for flags, expected in TABLE:
+        status = call(module, *flags.split())
+        error = capsys.readouterr().err
+        shown = error.removeprefix(f"{script}.py: ")
+        if status != 2 or error.count("\n") != 1 or expected not in shown or error == shown:
+            wrong.append((flags, status, error))
+        if tree(desk) != before:
+            wrong.append((flags, "changed", set(tree(desk)) ^ set(before)))
+            before = tree(desk)
+    assert not wrong
+
+
+def test_from_the_shell(tmp_path):
+    """The same in a process of its own: no traceback, no usage."""
+    shutil.copy(HERE / "dcgan.py", tmp_path)
+    for flags in (["--batch", "0"], ["--data", "nowhere"], ["--resume"]):
+        done = shell("dcgan.py", *flags, cwd=tmp_path)
+        assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["dcgan.py"]
+
+
+def test_a_folder_that_cannot_be_written_to(module, script, alone, tiny, capsys, monkeypatch):
+    """(root may write anywhere, so the answer of the system is made up.)"""
+    real = module.os.access
+    (alone / "locked").mkdir()
+    monkeypatch.setattr(
+        module.os, "access", lambda path, mode: "locked" not in str(path) and real(path, mode)
+    )
+    before = tree(alone)
+    assert call(module, *tiny, "--out", "locked/run") == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "locked" in error and tree(alone) == before

@@ -1,0 +1,219 @@
+"""What a run leaves, and that nothing is lost: kill -9, Ctrl-C, a full disk, a NaN, --resume."""
+
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import HERE, call, load, shell
+from PIL import Image, ImageSequence
+
+# Runs the script in argv[1] and kills it, as kill -9 does, at the moment that argv[2] names.
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, ".")
+module = __import__(sys.argv[1])
+
+def die(*args):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def report(row, *args, original=module.report):
+    if row["step"] == 8:
+        die()
+    original(row, *args)
+
+def replace(*paths, original=os.replace, calls=[]):
+    calls.append(paths)
+    if len(calls) == 2:
+        die()
+    original(*paths)
+
+if sys.argv[2] == "in a step":
+    module.report = report
+else:
+    os.replace = replace
+module.main(sys.argv[3:])
+"""
+
+
+def same(a, b):
+    """Equal to the last bit, through dicts, lists and tensors."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+@pytest.mark.parametrize("moment", ["in a step", "in the second save"])
+def test_ten_steps_equal_five_and_a_kill_and_five(script, alone, tiny, moment):
+    """Weights, optimisers, random numbers and logged losses, bit for bit on the CPU."""
+    flags = ["--steps", 10, *tiny]
+    assert shell(f"{script}.py", *flags, "--out", "whole").returncode == 0
+    cut = shell(script, moment, *flags, "--out", "cut", code=KILLED)
+    assert cut.returncode == -signal.SIGKILL, cut.stderr
+    assert torch.load("cut/checkpoint.pt")["step"] == 5
+    assert shell(f"{script}.py", "--resume", "--out", "cut").returncode == 0
+    whole, cut = torch.load("whole/checkpoint.pt"), torch.load("cut/checkpoint.pt")
+    for rows in (whole["rows"], cut["rows"]):
+        for row in rows:
+            del row["images/s"]
+    assert same(whole, cut)
+    for picture in ("samples/000010.png", "samples/000005.png", "real.png"):
+        assert (alone / "whole" / picture).read_bytes() == (alone / "cut" / picture).read_bytes()
+    assert not list(alone.rglob("*.tmp")) or moment == "in the second save"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_saves_and_says_how_to_go_on(script, alone, tiny, number):
+    command = [sys.executable, f"{script}.py", "--steps", "100000", *tiny]
+    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not run.stdout.readline().startswith("step"):
+        assert run.poll() is None
+    run.send_signal(number)
+    text, error = run.communicate(timeout=60)
+    assert run.returncode == 128 + number and error == ""
+    saved = torch.load(f"runs/{script}-cartoon/checkpoint.pt")
+    advice = text.splitlines()[-1]
+    assert f"stopped at step {saved['step']};" in advice
+    more = [*advice.split("python ")[1].split(), "--steps", saved["step"] + 1]
+    assert shell(*more).returncode == 0
+    assert torch.load(f"runs/{script}-cartoon/checkpoint.pt")["step"] == saved["step"] + 1
+
+
+def test_a_resumed_run_keeps_its_settings_and_refuses_others(module, script, alone, tiny, capsys):
+    assert call(module, "--steps", 2, "--seed", 7, *tiny) == 0
+    for flag, value in [("--batch", 9), ("--seed", 8), ("--lr", 0.1), ("--data", "mnist")]:
+        capsys.readouterr()
+        out = f"runs/{script}-cartoon"
+        assert call(module, "--resume", "--out", out, "--steps", 3, flag, value) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+    assert call(module, "--resume") == 2  # nothing left to do
+    assert "--epochs or --steps" in capsys.readouterr().err
+    assert call(module, "--resume", "--epochs", 3 * 8 / 2560) == 0
+    saved = torch.load(f"runs/{script}-cartoon/checkpoint.pt")
+    assert saved["step"] == 3 and saved["settings"]["seed"] == 7
+
+
+def test_the_checkpoint_is_written_whole_or_not_at_all(alone, script, tiny):
+    """No room on the disk (here: a limit on file sizes): one line, status 2, the old file stays."""
+    pytest.importorskip("resource")
+    limited = """if 1:
+        import resource, sys
+        sys.path.insert(0, ".")
+        module = __import__(sys.argv[1])
+        resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
+        module.main(sys.argv[2:])
+    """
+    assert shell(f"{script}.py", "--steps", 1, *tiny, "--out", "run").returncode == 0
+    before = (alone / "run" / "checkpoint.pt").read_bytes()
+    full = shell(script, "--resume", "--steps", 2, "--out", "run", code=limited)
+    assert full.returncode == 2 and full.stderr.count("\n") == 1, full.stderr
+    assert "checkpoint.pt" in full.stderr
+    assert (alone / "run" / "checkpoint.pt").read_bytes() == before
+    assert not list(alone.rglob("*.tmp"))
+
+
+def test_nan_ends_the_run_and_spares_the_checkpoint(module, script, alone, tiny, capsys):
+    assert call(module, "--steps", 1, *tiny) == 0
+    path = alone / "runs" / f"{script}-cartoon" / "checkpoint.pt"
+    saved = torch.load(path)
+    saved["settings"]["lr"] = float("nan")
+    for name, part in saved["parts"].items():
+        if name.startswith("opt"):
+            part["param_groups"][0]["lr"] = float("nan")
+    torch.save(saved, path)
+    before = path.read_bytes()
+    capsys.readouterr()
+    assert call(module, "--resume", "--steps", 20, "--out", path.parent) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert path.read_bytes() == before
+
+
+# The rest is the chassis, the same text in every script: one script stands for all.
+
+dcgan = load(HERE / "dcgan.py")
+SMALL = ["--size", 16, "--batch", 4, "--width", 4, "--device", "cpu"]
+
+
+def test_log_pictures_and_animation(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert call(dcgan, "--steps", 230, *SMALL, "--out", "run") == 0
+    rows = [line.split(",") for line in (tmp_path / "run/losses.csv").read_text().splitlines()]
+    assert rows[0] == ["step", "loss_D", "loss_G", "D(x)", "D(G(z))", "spread", "images/s"]
+    assert [int(row[0]) for row in rows[1:]] == [*range(3, 230, 3), 230]
+    steps = sorted(int(path.stem) for path in (tmp_path / "run/samples").iterdir())
+    assert steps == [*range(15, 230, 15), 230]
+    grids = [Image.open(path) for path in sorted((tmp_path / "run/samples").iterdir())]
+    assert {grid.size for grid in grids} == {(8 * 18 + 2, 8 * 18 + 2)}  # two pixels between
+    animation = Image.open(tmp_path / "run/training.gif")
+    assert sum(1 for _ in ImageSequence.Iterator(animation)) == len(steps)
+    assert Image.open(tmp_path / "run/curves.png").size[0] > 800
+
+
+def test_the_grid_shows_the_same_z_and_draws_leave_no_trace(tmp_path, monkeypatch):
+    """preview() gives the same numbers every time, in eval mode, and puts everything back."""
+    net = torch.nn.BatchNorm1d(2)
+    args = type("Args", (), {"device": torch.device("cpu"), "seed": 5})
+    torch.manual_seed(0)
+    before, draws = torch.get_rng_state(), []
+    for _ in range(2):
+        with dcgan.preview(args, {"net": net, "opt": None}):
+            draws.append(torch.randn(3))
+            assert not net.training and not torch.is_grad_enabled()
+            net(torch.randn(4, 2))
+    assert torch.equal(*draws) and torch.equal(before, torch.get_rng_state())
+    assert net.training and net.num_batches_tracked == 0
+
+
+def test_pictures_keep_their_brightness(tmp_path):
+    """The range is fixed: a dim picture stays dim whatever its neighbours are."""
+    dim = torch.full((1, 2, 3, 16, 16), -0.5)
+    dcgan.save_grid(dim, tmp_path / "dim.png")
+    assert Image.open(tmp_path / "dim.png").getpixel((5, 5)) == (64, 64, 64)
+
+
+def test_collapse_is_told_once(capsys, tmp_path):
+    rows = []
+    for step, spread in [(400, 0.05), (600, 0.5), (700, 0.05), (800, 0.04)]:
+        row = {"step": step, "loss_D": 1.0, "spread": spread, "images/s": 100.0}
+        dcgan.report(row, rows, {}, 1000, f"step {step}/900", last=False)
+    text = capsys.readouterr().out
+    assert text.count("COLLAPSE") == 1 and text.index("700/900") < text.index("COLLAPSE")
+    assert "0:00:10 left" in text and len(rows) == 4
+
+
+def test_sample_batch_is_uniform_and_with_replacement():
+    images = torch.arange(10, dtype=torch.uint8).view(10, 1, 1, 1)
+    data = dcgan.Data(images, images.view(10, 1) % 2, ["odd"])
+    torch.manual_seed(0)
+    x, y = dcgan.sample_batch(data, 20_000, torch.device("cpu"))
+    index = ((x + 1) * 127.5).round().long().flatten()
+    assert torch.equal(index % 2, y.long().flatten())  # the label goes with its image
+    counts = index.bincount(minlength=10)
+    assert counts.min() > 1800 and counts.max() < 2200
+
+
+def test_two_seeds_differ_and_one_seed_repeats(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for out, seed in [("a", 1), ("b", 1), ("c", 2)]:
+        assert call(dcgan, "--steps", 2, *SMALL, "--seed", seed, "--out", out) == 0
+    a, b, c = (torch.load(f"{out}/checkpoint.pt")["parts"] for out in "abc")
+    assert same(a, b) and not same(a["G"], c["G"])
+
+
+def test_epochs_count_the_data(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert call(dcgan, "--epochs", 0.01, *SMALL, "--out", "run") == 0
+    assert torch.load("run/checkpoint.pt")["step"] == round(0.01 * 2560 / 4)
+
+
+def test_a_second_ctrl_c_is_not_swallowed():
+    with pytest.raises(KeyboardInterrupt), dcgan.catch_signals() as caught:
+        signal.raise_signal(signal.SIGINT)
+        assert caught == [signal.SIGINT]
+        signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+

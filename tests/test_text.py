@@ -1,0 +1,56 @@
+"""What a reader relies on: same name, same text; the paper first; nothing too long."""
+
+import ast
+
+import pytest
+from conftest import HERE, SCRIPTS
+
+PAPER = {"Generator", "Discriminator", "d_loss", "g_loss", "options", "train", "SIZES"}
+LINE = "# --- the same in every script from here on"
+
+
+def definitions(path):
+    """{name: text} of every top-level function, class and constant."""
+    source, found = path.read_text(), {}
+    for node in ast.parse(source).body:
+        names = [node.name] if hasattr(node, "name") else []
+        if isinstance(node, ast.Assign):
+            names = [target.id for target in node.targets if isinstance(target, ast.Name)]
+        for name in names:
+            found[name] = ast.get_source_segment(source, node)
+    return found
+
+
+def test_same_name_same_text():
+    texts = {}
+    for path in HERE.glob("*.py"):
+        for name, text in definitions(path).items():
+            if name not in PAPER:
+                texts.setdefault(name, {}).setdefault(text, []).append(path.name)
+    differing = {name: list(found.values()) for name, found in texts.items() if len(found) > 1}
+    assert not differing
+
+
+def test_lower_parts_are_byte_identical():
+    lower = {name: (HERE / f"{name}.py").read_text().split(LINE)[1] for name in SCRIPTS}
+    assert len(set(lower.values())) == 1
+
+
+@pytest.mark.parametrize("name", [path.name for path in HERE.glob("*.py")])
+def test_nothing_is_too_long(name):
+    source = (HERE / name).read_text()
+    assert max(map(len, source.splitlines())) <= 100
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef):
+            assert node.end_lineno - node.lineno < 60, node.name
+
+
+def test_the_paper_comes_first(script):
+    """Docstring with its parts, then the losses in the first half; no number is read in a step."""
+    source = (HERE / f"{script}.py").read_text()
+    upper, _ = source.split(LINE)
+    doc = ast.get_docstring(ast.parse(source))
+    assert "arXiv" in doc and "Differs from the paper" in doc and f"python {script}.py" in doc
+    assert ("Changes from" in doc) == (script != "gan_mlp")
+    assert upper.count("\n") < source.count("\n") / 2
+    assert ".item()" not in upper and "print(" not in upper
