@@ -117,7 +117,7 @@ def make_celeba(root, faces, table, n=8, rows=None):
     for i in range(1, n + 1):
         face = Image.new("RGB", (178, 218), (255, 0, 0))
         face.paste((0, 20 * i, 0), (25, 45, 153, 173))
-        face.save(root / faces / f"{i:06}.jpg", quality=95)
+        face.save(root / faces / f"{i:06}.jpg", quality=100, subsampling=0)
     values = [[1 if (i >> bit) & 1 else -1 for bit in range(3)] for i in range(1, n + 1)]
     if table.endswith(".csv"):
         lines = ["image_id," + ",".join(ATTRIBUTES)]

@@ -166,7 +166,7 @@ def test_g_steps(monkeypatch):
 
 
 def test_settings_are_the_docstrings(monkeypatch):
-    run = step_of(dcgan, monkeypatch, ["--size", 16], faces())
+    run = step_of(dcgan, monkeypatch, ["--data", "mnist", "--size", 16], faces())
     for name in ("opt_G", "opt_D"):
         group = run["parts"][name].param_groups[0]
         assert (group["lr"], group["betas"], group["eps"]) == (2e-4, (0.5, 0.999), 1e-8)

@@ -8,7 +8,8 @@ import torch
 from conftest import call
 from PIL import Image
 
-STEPS = {"dcgan": 300}
+# Far from convergence, but enough to see where it goes; faster than each script's own defaults.
+FLAGS = {"dcgan": ["--steps", 700, "--batch", 8, "--lr", 1e-3]}
 
 
 def distance(a, b):
@@ -21,12 +22,10 @@ def distance(a, b):
             + torch.cov(b.T).trace() - 2 * product).item()
 
 
-def fakes_after(module, steps, tmp_path):
-    """Train for so many steps, draw 512 images -> (512, C, size, size)."""
-    out = tmp_path / f"run{steps}"
-    size = str(min(module.SIZES))
-    flags = ["--size", size, "--batch", "16", "--device", "cpu", "--out", out]
-    assert call(module, *flags, "--steps", steps) == 0
+def fakes_after(module, out, *flags):
+    """Train a new run, draw 512 images -> (512, C, size, size)."""
+    size = min(module.SIZES)
+    assert call(module, "--size", size, "--device", "cpu", "--out", out, *flags) == 0
     assert call(module, "--generate", 512, "--device", "cpu", "--out", out) == 0
     images = [np.asarray(Image.open(path)) for path in sorted((out / "generated").iterdir())]
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
@@ -37,7 +36,8 @@ def test_learns(module, script, tmp_path, monkeypatch, sign):
     real = module.load_images("cartoon", min(module.SIZES)).images
     g_loss = module.g_loss
     monkeypatch.setattr(module, "g_loss", lambda *outputs: sign * g_loss(*outputs))
-    before = distance(fakes_after(module, 1, tmp_path), real)
-    after = distance(fakes_after(module, STEPS.get(script, 300), tmp_path), real)
+    flags = FLAGS.get(script, FLAGS["dcgan"])
+    before = distance(fakes_after(module, tmp_path / "a", *flags, "--steps", 1), real)
+    after = distance(fakes_after(module, tmp_path / "b", *flags), real)
     print(f"{script}, sign {sign:+}: {before:.3f} -> {after:.3f}")
-    assert (after < before / 4) == (sign == 1)
+    assert (after < before / 3) == (sign == 1)
