@@ -37,22 +37,21 @@ Differs from the paper:
 
 import argparse
 import contextlib
+import functools
 import hashlib
 import math
+import multiprocessing
 import os
 import random
 import signal
-import struct
 import sys
 import time
 from collections import namedtuple
 from datetime import timedelta
-from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageDraw, ImageOps
 from torch import nn
@@ -133,12 +132,12 @@ def init_weights(module):
 
 def d_loss(real_logits, fake_logits):
     """L_D = -E[log D(x)] - E[log(1 - D(G(z)))]; 2 log 2 = 1.386 if D says 1/2 to everything."""
-    return F.softplus(-real_logits).mean() + F.softplus(fake_logits).mean()
+    return nn.functional.softplus(-real_logits).mean() + nn.functional.softplus(fake_logits).mean()
 
 
 def g_loss(fake_logits):
     """L_G = -E[log D(G(z))]; log 2 = 0.693 if D says 1/2 to everything."""
-    return F.softplus(-fake_logits).mean()
+    return nn.functional.softplus(-fake_logits).mean()
 
 
 # --- training -------------------------------------------------------------------------------------
@@ -180,8 +179,7 @@ def train(args, data):
 
         # G's step, against the improved D. The gradient passes through D but stays in G alone.
         for k in range(args.g_steps):
-            if k > 0:
-                fake = G(sample_z(args.batch))
+            fake = G(sample_z(args.batch)) if k > 0 else fake
             loss_G = g_loss(D(fake))
             opt_G.zero_grad()
             loss_G.backward(inputs=list(G.parameters()))
@@ -444,7 +442,6 @@ def load_file(path, mmap=False):
 
 Data = namedtuple("Data", "images labels names")  # (N, C, size, size) uint8; (N, K) 0 or 1; K names
 CARTOON = ["Blond_Hair", "Eyeglasses", "Mouth_Slightly_Open", "Smiling", "Wearing_Lipstick"]
-UNREADABLE = (OSError, ValueError, SyntaxError, struct.error, Image.DecompressionBombError)
 
 
 def sample_batch(data, n, device):
@@ -490,45 +487,38 @@ def load_images(name, size, root="data", split="train", at_least=1):
 
 
 def prepare(name, size, items, open_item, labels, names):
-    """Open, crop and scale all items -> Data; says what was left out.
-
-    Threads decode on all cores (Pillow lets go of Python's lock), straight into one tensor.
-    """
+    """Open, crop and scale all items on all cores, into one tensor -> Data. Tells what it skips."""
     images = torch.empty(len(items), 3, size, size, dtype=torch.uint8)
-    pixels = images.numpy()
-
-    def fill(i):
-        try:
-            image = ImageOps.fit(open_item(items[i]), (size, size), Image.Resampling.BILINEAR)
-        except UNREADABLE:
-            return None, None
-        pixels[i] = np.asarray(image.convert("RGB")).transpose(2, 0, 1)
-        return image.mode, hashlib.sha1(pixels[i]).digest()
-
-    kept, modes, seen, unreadable, twice = [], set(), set(), [], 0
-    with ThreadPool() as pool:
-        for i, (mode, digest) in enumerate(pool.imap(fill, range(len(items)), chunksize=16)):
-            if mode is None:
-                unreadable.append(str(items[i]))
-            elif digest in seen and name not in READERS:  # in a folder; published sets stay whole
-                twice += 1
-            else:
-                kept.append(i)
-                modes.add(mode)
-                seen.add(digest)
+    kept, seen, unreadable, colour = [], set(), [], False
+    quiet = (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process
+    with multiprocessing.Pool(initializer=signal.signal, initargs=quiet) as pool:
+        decoded = pool.imap(functools.partial(decode, open_item, size), items, chunksize=32)
+        for i, pixels in enumerate(decoded):
             if (i + 1) % (1000 if sys.stdout.isatty() else 50_000) == 0 or i + 1 == len(items):
                 progress(f"preparing {name}: {i + 1:,} of {len(items):,}", i + 1 == len(items))
+            if pixels is None:
+                unreadable.append(items[i])
+                continue
+            digest = i if name in READERS else hashlib.sha1(pixels).digest()  # published: keep all
+            if digest not in seen:
+                images.numpy()[len(kept)] = np.atleast_3d(pixels).transpose(2, 0, 1)
+                colour = colour or pixels.ndim == 3
+                kept.append(i)
+                seen.add(digest)
     if unreadable:
         print(f"left out, unreadable: {len(unreadable)}, the first is {unreadable[0]}")
-    if twice:
-        print(f"left out, there already: {twice}")
-    for new, old in enumerate(kept):  # close the gaps in place: never two copies in memory
-        if new != old:
-            images[new] = images[old]
-    images = images[: len(kept)]
-    if modes == {"L"}:  # all grey
-        images = images[:, :1].clone()
+    if len(kept) + len(unreadable) < len(items):
+        print(f"left out, there already: {len(items) - len(kept) - len(unreadable)}")
+    images = images[: len(kept)] if colour else images[: len(kept), :1].clone()
     return Data(images, torch.from_numpy(labels[kept]), names)
+
+
+def decode(open_item, size, item):
+    """One item as (size, size) or (size, size, 3) uint8; None if it cannot be read."""
+    try:
+        return np.array(ImageOps.fit(open_item(item), (size, size), Image.Resampling.BILINEAR))
+    except Exception:  # Pillow raises almost anything at a broken file; prepare() counts them
+        return None
 
 
 def open_image(path):
@@ -554,10 +544,11 @@ def read_torchvision(name, size, root, split):
         found = getattr(torchvision.datasets, kind)(root, train=split == "train", download=True)
     except (OSError, RuntimeError) as error:
         raise UserError(f"{name} is not in {root} and cannot be downloaded: {error}") from error
-    border = 2 if size != 28 and name != "cifar10" else 0  # 28 px in 32: sharper than scaled
-    labels = np.eye(10, dtype=np.uint8)[np.asarray(found.targets)]
     pixels = np.asarray(found.data)
-    return pixels, lambda row: ImageOps.expand(Image.fromarray(row), border), labels, found.classes
+    if name != "cifar10" and size != 28:  # 28 px in a frame of 32: sharper than scaled
+        pixels = np.pad(pixels, ((0, 0), (2, 2), (2, 2)))
+    labels = np.eye(10, dtype=np.uint8)[np.asarray(found.targets)]
+    return pixels, Image.fromarray, labels, found.classes
 
 
 def find_celeba(root):
@@ -590,16 +581,15 @@ def read_celeba(name, size, root, split):
     the official test part: the images from number 182,638 on.
     """
     faces, table = find_celeba(root)
-    with open(table) as file:
-        names = next(file).replace(",", " ").split()
+    with open(table, errors="replace") as file:
+        lines = filter(None, (line.replace(",", " ").split() for line in file))
+        names, rows = next(lines, [""]), {}
         if len(names) == 1:
-            names = next(file).split()
+            names = next(lines, [""])
         names = names[1:] if names[0] == "image_id" else names
-        rows = {}
-        for line in file:
-            image, *values = line.replace(",", " ").split()
-            if len(values) != len(names):
-                raise UserError(f"{table}: {image} has {len(values)} values, not {len(names)}")
+        for image, *values in lines:
+            if len(values) != len(names) or not {"-1", "0", "1"}.issuperset(values):
+                raise UserError(f"{table}: the row of {image} is not {len(names)} times -1 or 1")
             rows[image] = [value == "1" for value in values]
     files = sorted(file for file in os.listdir(faces) if file.endswith((".jpg", ".png")))
     if files != sorted(rows):
@@ -607,7 +597,11 @@ def read_celeba(name, size, root, split):
         raise UserError(f"{len(files)} images in {faces}, {len(rows)} rows in {table}: see {odd}")
     files = files[:182_637] if split == "train" else files[182_637:]
     labels = np.array([rows[file] for file in files], dtype=np.uint8).reshape(-1, len(names))
-    return files, lambda file: open_image(faces / file).crop((25, 45, 153, 173)), labels, names
+    return [faces / file for file in files], open_celeba, labels, names
+
+
+def open_celeba(path):
+    return open_image(path).crop((25, 45, 153, 173))
 
 
 def read_lsun(name, size, root, split):
@@ -616,15 +610,24 @@ def read_lsun(name, size, root, split):
     if (root / name).is_dir():
         items, open_item = list_images(root / name), open_image
     elif (root / f"{name}_lmdb").is_dir():
-        try:
-            found = torchvision.datasets.LSUN(str(root), classes=[name])
-        except ImportError as error:
-            raise UserError(f"{root}/{name}_lmdb can be read after: pip install lmdb") from error
-        items, open_item = range(len(found)), lambda i: found[i][0]
+        items, open_item = range(len(lsun(root, name))), functools.partial(open_lsun, root, name)
+        lsun.cache_clear()  # every process has to open the database by itself
     else:
         raise UserError(f"LSUN is not in {root}: unzip {name}_lmdb.zip (http://dl.yf.io/lsun) "
                         f"there, or make a folder {name} of its images")
     return items, open_item, np.zeros((len(items), 0), np.uint8), []
+
+
+@functools.cache
+def lsun(root, name):
+    try:
+        return torchvision.datasets.LSUN(str(root), classes=[name])
+    except ImportError as error:
+        raise UserError(f"{root}/{name}_lmdb can be read after: pip install lmdb") from error
+
+
+def open_lsun(root, name, i):
+    return lsun(root, name)[i][0]
 
 
 def describe_folder(name):
@@ -634,7 +637,7 @@ def describe_folder(name):
         what = "is a file; give a folder" if folder.exists() else "is no folder and no data set"
         raise UserError(f"{name} {what}. Data sets: cartoon, {', '.join(READERS)}")
     facts = [(file, os.stat(file).st_size, os.stat(file).st_mtime) for file in list_images(name)]
-    path, stamp = (hashlib.sha1(repr(what).encode()).hexdigest() for what in (folder, facts))
+    path, stamp = (hashlib.sha1(repr(x).encode()).hexdigest() for x in (folder, facts))
     return f"{folder.name}-{path[:8]}", stamp
 
 
@@ -809,7 +812,7 @@ def main(argv=None):
             if data.images.nbytes < torch.cuda.mem_get_info(args.device)[0] / 2:
                 data = Data(data.images.to(args.device), data.labels.to(args.device), data.names)
         train(args, data)
-    except (UserError, OSError) as error:
+    except (UserError, OSError, torch.OutOfMemoryError) as error:
         print(f"{SCRIPT}.py: {error}".splitlines()[0], file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

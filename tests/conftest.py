@@ -1,5 +1,6 @@
 """What all tests share: the scripts, found by pattern, and ways to run them."""
 
+import functools
 import importlib.util
 import shutil
 import subprocess
@@ -25,10 +26,11 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 
 
+@functools.cache
 def load(path):
-    """Import a script from a path, without its folder on sys.path."""
+    """Import a script from a path, once, without its folder on sys.path."""
     spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 

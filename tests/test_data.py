@@ -163,7 +163,10 @@ def test_celeba_that_is_not_complete(tmp_path):
     make_celeba(tmp_path / "c", "img_align_celeba", "list_attr_celeba.txt")
     table = tmp_path / "c" / "list_attr_celeba.txt"
     table.write_text(table.read_text().replace("000004.jpg -1", "000004.jpg"))
-    with pytest.raises(dcgan.UserError, match="000004.jpg has 2 values, not 3"):
+    with pytest.raises(dcgan.UserError, match="row of 000004.jpg is not 3 times -1 or 1"):
+        dcgan.load_images("celeba", 64, tmp_path / "c")
+    table.write_text("")
+    with pytest.raises(dcgan.UserError, match="8 images .* 0 rows"):
         dcgan.load_images("celeba", 64, tmp_path / "c")
     assert not list(tmp_path.rglob("prepared"))
 
