@@ -195,8 +195,9 @@ def test_lsun_exported_folder(tmp_path):
         dcgan.load_images("lsun_church", 16, tmp_path, split="test")
 
 
-def test_lsun_database(tmp_path):
+def test_lsun_database(tmp_path, monkeypatch):
     lmdb = pytest.importorskip("lmdb")
+    monkeypatch.chdir(tmp_path)  # torchvision leaves a list of keys in the current folder
     images = [picture() for _ in range(3)]
     base = lmdb.open(str(tmp_path / "church_outdoor_train_lmdb"))
     with base, base.begin(write=True) as tx:

@@ -1,5 +1,6 @@
 """What a run leaves, and that nothing is lost: kill -9, Ctrl-C, a full disk, a NaN, --resume."""
 
+import shutil
 import signal
 import subprocess
 import sys
@@ -46,73 +47,24 @@ def same(a, b):
     return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
-@pytest.mark.parametrize("moment", ["in a step", "in the second save"])
-def test_ten_steps_equal_five_and_a_kill_and_five(script, alone, tiny, moment):
+def test_ten_steps_equal_five_and_a_kill_and_five(module, script, alone, tiny):
     """Weights, optimisers, random numbers and logged losses, bit for bit on the CPU."""
-    flags = ["--steps", 10, *tiny]
-    assert shell(f"{script}.py", *flags, "--out", "whole").returncode == 0
-    cut = shell(script, moment, *flags, "--out", "cut", code=KILLED)
+    assert call(module, "--steps", 10, *tiny, "--out", "whole") == 0
+    cut = shell(script, "in a step", "--steps", 10, *tiny, "--out", "cut", code=KILLED)
     assert cut.returncode == -signal.SIGKILL, cut.stderr
     assert torch.load("cut/checkpoint.pt")["step"] == 5
-    assert shell(f"{script}.py", "--resume", "--out", "cut").returncode == 0
-    whole, cut = torch.load("whole/checkpoint.pt"), torch.load("cut/checkpoint.pt")
-    for rows in (whole["rows"], cut["rows"]):
+    assert call(module, "--resume", "--out", "cut") == 0
+    assert_equal_runs(alone / "whole", alone / "cut")
+
+
+def assert_equal_runs(a, b):
+    first, second = torch.load(a / "checkpoint.pt"), torch.load(b / "checkpoint.pt")
+    for rows in (first["rows"], second["rows"]):
         for row in rows:
             del row["images/s"]
-    assert same(whole, cut)
+    assert same(first, second)
     for picture in ("samples/000010.png", "samples/000005.png", "real.png"):
-        assert (alone / "whole" / picture).read_bytes() == (alone / "cut" / picture).read_bytes()
-    assert not list(alone.rglob("*.tmp")) or moment == "in the second save"
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_ctrl_c_saves_and_says_how_to_go_on(script, alone, tiny, number):
-    command = [sys.executable, f"{script}.py", "--steps", "100000", *tiny]
-    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while not run.stdout.readline().startswith("step"):
-        assert run.poll() is None
-    run.send_signal(number)
-    text, error = run.communicate(timeout=60)
-    assert run.returncode == 128 + number and error == ""
-    saved = torch.load(f"runs/{script}-cartoon/checkpoint.pt")
-    advice = text.splitlines()[-1]
-    assert f"stopped at step {saved['step']};" in advice
-    more = [*advice.split("python ")[1].split(), "--steps", saved["step"] + 1]
-    assert shell(*more).returncode == 0
-    assert torch.load(f"runs/{script}-cartoon/checkpoint.pt")["step"] == saved["step"] + 1
-
-
-def test_a_resumed_run_keeps_its_settings_and_refuses_others(module, script, alone, tiny, capsys):
-    assert call(module, "--steps", 2, "--seed", 7, *tiny) == 0
-    for flag, value in [("--batch", 9), ("--seed", 8), ("--lr", 0.1), ("--data", "mnist")]:
-        capsys.readouterr()
-        out = f"runs/{script}-cartoon"
-        assert call(module, "--resume", "--out", out, "--steps", 3, flag, value) == 2
-        assert capsys.readouterr().err.count("\n") == 1
-    assert call(module, "--resume") == 2  # nothing left to do
-    assert "--epochs or --steps" in capsys.readouterr().err
-    assert call(module, "--resume", "--epochs", 3 * 8 / 2560) == 0
-    saved = torch.load(f"runs/{script}-cartoon/checkpoint.pt")
-    assert saved["step"] == 3 and saved["settings"]["seed"] == 7
-
-
-def test_the_checkpoint_is_written_whole_or_not_at_all(alone, script, tiny):
-    """No room on the disk (here: a limit on file sizes): one line, status 2, the old file stays."""
-    pytest.importorskip("resource")
-    limited = """if 1:
-        import resource, sys
-        sys.path.insert(0, ".")
-        module = __import__(sys.argv[1])
-        resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
-        module.main(sys.argv[2:])
-    """
-    assert shell(f"{script}.py", "--steps", 1, *tiny, "--out", "run").returncode == 0
-    before = (alone / "run" / "checkpoint.pt").read_bytes()
-    full = shell(script, "--resume", "--steps", 2, "--out", "run", code=limited)
-    assert full.returncode == 2 and full.stderr.count("\n") == 1, full.stderr
-    assert "checkpoint.pt" in full.stderr
-    assert (alone / "run" / "checkpoint.pt").read_bytes() == before
-    assert not list(alone.rglob("*.tmp"))
+        assert (a / picture).read_bytes() == (b / picture).read_bytes()
 
 
 def test_nan_ends_the_run_and_spares_the_checkpoint(module, script, alone, tiny, capsys):
@@ -217,3 +169,60 @@ def test_a_second_ctrl_c_is_not_swallowed():
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+
+
+@pytest.fixture
+def copied(tmp_path, monkeypatch):
+    """An empty folder with a copy of dcgan.py, as the current directory."""
+    shutil.copy(HERE / "dcgan.py", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_killed_while_saving(copied):
+    """The checkpoint before stays, whole; going on from it gives the same run."""
+    flags = ["--steps", 10, *SMALL]
+    assert call(dcgan, *flags, "--out", "whole") == 0
+    cut = shell("dcgan", "in the second save", *flags, "--out", "cut", code=KILLED)
+    assert cut.returncode == -signal.SIGKILL, cut.stderr
+    assert torch.load("cut/checkpoint.pt")["step"] == 5
+    assert call(dcgan, "--resume", "--out", "cut") == 0
+    assert_equal_runs(copied / "whole", copied / "cut")
+    assert not list(copied.rglob("*.tmp"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_saves_and_says_how_to_go_on(copied, number):
+    command = [sys.executable, "dcgan.py", "--steps", "100000", *map(str, SMALL)]
+    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not run.stdout.readline().startswith("step"):
+        assert run.poll() is None
+    run.send_signal(number)
+    text, error = run.communicate(timeout=60)
+    assert run.returncode == 128 + number and error == ""
+    saved = torch.load("runs/dcgan-cartoon/checkpoint.pt")
+    advice = text.splitlines()[-1]
+    assert f"stopped at step {saved['step']};" in advice
+    more = advice.split("python dcgan.py ")[1].split()
+    assert call(dcgan, *more, "--steps", saved["step"] + 1) == 0
+    assert torch.load("runs/dcgan-cartoon/checkpoint.pt")["step"] == saved["step"] + 1
+
+
+def test_no_room_for_the_checkpoint(copied):
+    """A full disk (here: a limit on file sizes): one line, status 2, the old file stays."""
+    pytest.importorskip("resource")
+    limited = """if 1:
+        import resource, sys
+        sys.path.insert(0, ".")
+        import dcgan
+        resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
+        dcgan.main(sys.argv[1:])
+    """
+    assert call(dcgan, "--steps", 1, *SMALL, "--out", "run") == 0
+    before = (copied / "run" / "checkpoint.pt").read_bytes()
+    assert len(before) > 60_000
+    full = shell("--resume", "--steps", 2, "--out", "run", code=limited)
+    assert full.returncode == 2 and full.stderr.count("\n") == 1, full.stderr
+    assert "checkpoint.pt" in full.stderr
+    assert (copied / "run" / "checkpoint.pt").read_bytes() == before
+    assert not list(copied.rglob("*.tmp"))

@@ -1,11 +1,13 @@
 """What a reader relies on: same name, same text; the paper first; nothing too long."""
 
 import ast
+import difflib
 
 import pytest
 from conftest import HERE, SCRIPTS
 
-PAPER = {"Generator", "Discriminator", "d_loss", "g_loss", "options", "train", "SIZES"}
+PAPER = {"Generator", "Discriminator", "init_weights", "d_loss", "g_loss", "options", "train",
+         "SIZES", "Z"}
 LINE = "# --- the same in every script from here on"
 
 
@@ -54,3 +56,20 @@ def test_the_paper_comes_first(script):
     assert ("Changes from" in doc) == (script != "gan_mlp")
     assert upper.count("\n") < source.count("\n") / 2
     assert ".item()" not in upper and "print(" not in upper
+
+
+def changed_lines(name):
+    """How many lines outside the docstring differ from dcgan.py's; a line changed counts once."""
+    old, new = ((HERE / f"{script}.py").read_text().split('"""', 2)[2].splitlines()
+                for script in ("dcgan", name))
+    blocks = difflib.SequenceMatcher(None, old, new, autojunk=False).get_opcodes()
+    return sum(max(b - a, d - c) for kind, a, b, c, d in blocks if kind != "equal")
+
+
+def test_the_readme_tells_how_much_changes(script):
+    """The table's last column; and the two promises of a small diff."""
+    row = next(line for line in (HERE / "README.md").read_text().splitlines()
+               if line.startswith(f"| [{script}.py]"))
+    expected = "-" if script == "dcgan" else str(changed_lines(script))
+    assert row.split("|")[-2].strip() == expected
+    assert changed_lines(script) <= {"lsgan": 20, "wgan": 40}.get(script, 200)
