@@ -230,8 +230,9 @@ def load_inception(path, device):
         path = Path(torch.hub.get_dir()) / "checkpoints" / Path(URL).name
         if not path.exists():
             try:
-                torch.hub.load_state_dict_from_url(
-                    URL, map_location="cpu", check_hash=True, weights_only=True)
+                with contextlib.redirect_stderr(sys.stdout):  # its progress
+                    torch.hub.load_state_dict_from_url(
+                        URL, map_location="cpu", check_hash=True, weights_only=True)
             except (OSError, RuntimeError) as error:
                 raise UserError(f"{URL} cannot be downloaded ({error}); get that file and put it "
                                 f"into {path.parent}, or name it by --weights") from error
@@ -548,6 +549,8 @@ def check(args):
         if args.quality_index and name.endswith(".npz"):
             raise UserError(f"{name}: --quality-index needs images, not statistics")
     if args.save:
+        if args.real.endswith(".npz"):
+            raise UserError(f"--save: {args.real} is saved statistics already")
         home = Path(args.save).absolute().parent
         if not args.save.endswith(".npz") or Path(args.save).is_dir():
             raise UserError(f"--save {args.save}: the name should end in .npz")

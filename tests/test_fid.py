@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 from urllib.error import URLError
 
 import numpy as np
@@ -220,6 +221,7 @@ def test_weights_come_once_with_their_hash_checked(weights, tmp_path, monkeypatc
 
 def test_offline_and_without_weights(tmp_path, monkeypatch, capsys):
     def offline(url, **options):
+        print("Downloading", file=sys.stderr)  # as torch.hub does
         raise URLError("no net")
 
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
@@ -295,9 +297,15 @@ def test_line_and_json(quick, tmp_path, capsys):
     assert same["FID"] < 1e-6
 
 
-def test_no_warning_for_many(quick, capsys):
-    shown = run(capsys, "cartoon", "cartoon", "--size", 8, "--no-kid", "--batch", 640)
-    assert shown.err == "" and "FID 0.00" in shown.out and "2560 vs 2560)" in shown.out
+@pytest.mark.parametrize("n, warns", [(2047, True), (2048, False), (None, False)])
+def test_warning_below_2048(n, warns, capsys):
+    known = fid.statistics([features(9, 4)], fid.PUBLISHED)
+    args = SimpleNamespace(real="a", fake="b")
+    real, fake = known._replace(n=n), known._replace(n=9000)
+    result, line = fid.compare(real, fake, fid.PUBLISHED, args)
+    assert ("warning" in capsys.readouterr().err) == warns
+    assert line == f"FID 0.00   (inception-2015-12-05, bilinear 299, {n or '?'} vs 9000)"
+    assert result["n_real"] == n
 
 
 def test_a_folder_of_everything(quick, tmp_path, capsys):
@@ -459,23 +467,22 @@ def desk(tmp_path, monkeypatch, original):
         (tmp_path / folder).mkdir(exist_ok=True)
         (tmp_path / folder / file).write_bytes(b"no image")
     (tmp_path / "file").write_text("a file")
-    mu, sigma = np.zeros(2048), np.eye(2048)
+    mu, sigma = np.zeros(2048), np.diag(np.float64(np.arange(2048) == 7))
     np.save("array.npy", mu)
     shutil.copy("array.npy", "renamed.npz")
     np.savez("other.npz", mu=mu)
     np.savez("width.npz", mu=np.zeros(64), sigma=np.eye(64))
-    np.savez("nan.npz", mu=mu * np.nan, sigma=sigma)
+    np.savez_compressed("nan.npz", mu=mu * np.nan, sigma=sigma)
     np.savez("words.npz", mu="mu", sigma="sigma")
-    np.savez("pickle.npz", mu=np.array([{}]), sigma=sigma)
+    np.savez_compressed("pickle.npz", mu=np.array([{}]), sigma=sigma)
     np.savez_compressed("right.npz", mu=mu, sigma=sigma)
     np.savez_compressed("foreign.npz", mu=mu, sigma=sigma, n=9, weights="abcd1234")
     np.savez_compressed("stranger.npz", mu=mu, sigma=sigma, n=9, weights="dcba4321")
     (tmp_path / "cut.npz").write_bytes((tmp_path / "right.npz").read_bytes()[:500])
     torch.save({"weight": torch.zeros(3)}, "else.pth")
     torch.save([1, 2], "list.pth")
-    state = original.state_dict()
-    torch.save(state | {"Mixed_7c.branch1x1.conv.weight": torch.zeros(1, 1, 1, 1)}, "misfit.pth")
-    (tmp_path / "cut.pth").write_bytes((tmp_path / "misfit.pth").read_bytes()[:100_000])
+    torch.save({name: torch.zeros(1, 1, 1, 1) for name in original.state_dict()}, "misfit.pth")
+    (tmp_path / "cut.pth").write_bytes((tmp_path / "misfit.pth").read_bytes()[:20_000])
     (tmp_path / "void.pth").write_bytes(b"")
     return tmp_path
 
@@ -510,6 +517,7 @@ TABLE = [
     ("good good --weights empty", "empty: there is no such file"),
     ("good --save out.npy", "--save out.npy"),
     ("good --save no/such/out.npz", "--save no/such/out.npz"),
+    ("right.npz good --save out.npz", "right.npz is saved statistics already"),
     ("good good --size 0", "--size"),
     ("good good --batch 0", "--batch"),
     ("good good --split middle", "--split"),
