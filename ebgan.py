@@ -41,6 +41,7 @@ import math
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import sys
 import time
@@ -345,7 +346,7 @@ def networks(parts):
 def progress(line, last=False):
     """On a terminal, a line that takes the place of the one before; elsewhere a line of its own."""
     if sys.stdout.isatty():
-        line = "\r\x1b[K" + line[: os.get_terminal_size().columns - 1]
+        line = "\r\x1b[K" + line[: shutil.get_terminal_size().columns - 1]
     print(line, end="\n" if last or not sys.stdout.isatty() else "", flush=True)
 
 

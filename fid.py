@@ -45,13 +45,13 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import sys
 import time
 from collections import deque, namedtuple
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -572,9 +572,7 @@ def main(argv=None):
         check(args)
         torch.backends.cudnn.allow_tf32 = False  # float32, not TF32, on a GPU too
         torch.backends.cudnn.benchmark = True
-        write, flush = sys.stderr.write, sys.stderr.flush
-        aside = SimpleNamespace(write=write, flush=flush, isatty=lambda: False)
-        with contextlib.redirect_stdout(aside if args.json else sys.stdout):
+        with contextlib.redirect_stdout(sys.stderr if args.json else sys.stdout):
             result, line = report_quality(args) if args.quality_index else score(args)
         print(json.dumps(result) if args.json else line)
     except (UserError, OSError) as error:
@@ -596,7 +594,7 @@ class UserError(Exception):
 def progress(line, last=False):
     """On a terminal, a line that takes the place of the one before; elsewhere a line of its own."""
     if sys.stdout.isatty():
-        line = "\r\x1b[K" + line[: os.get_terminal_size().columns - 1]
+        line = "\r\x1b[K" + line[: shutil.get_terminal_size().columns - 1]
     print(line, end="\n" if last or not sys.stdout.isatty() else "", flush=True)
 
 
