@@ -15,8 +15,8 @@ FLAGS = {
     "wgan": ["--width", 32, "--lr", 3e-4, "--critic", 2],
     "ebgan": ["--width", 16, "--lr", 1e-3],
 }
-# Seen on their way to faces in longer runs, but in 2,000 (gan_mlp) and 800 (sngan) small steps their
-# distance went up and down: still without a setting that shows it in seconds.
+# In 2,000 (gan_mlp) and 800 (sngan) small steps their distance went up and down: no setting is
+# known yet that shows in seconds that they learn.
 SLOW = {"gan_mlp", "sngan"}
 
 
