@@ -90,7 +90,7 @@ def step_of(module, monkeypatch, args, data):
         caught.update(args=args, step=step, draw=draw, parts=parts, grid=grid)
 
     monkeypatch.setattr(module, "fit", fit)
-    settings, saved = module.command_line([str(arg) for arg in args])
+    settings, saved = module.command_line([*map(str, args), "--out", "no-such-run"])
     module.check(settings, saved)
     torch.manual_seed(settings.seed)
     module.train(settings, data)
