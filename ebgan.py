@@ -126,7 +126,7 @@ class Discriminator(nn.Module):
         return energies, codes.flatten(1)
 
 
-def init_weights(module):
+def init_weights_and_biases(module):
     """As in dcgan.py: weights from N(0, 0.02^2), BatchNorm's scales around 1; biases at 0."""
     if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
         nn.init.normal_(module.weight, mean=0, std=0.02)
@@ -176,8 +176,8 @@ def options(parser):
 def train(args, data):
     """Build the networks, define the training step, hand over to fit()."""
     channels = data.images.shape[1]
-    G = Generator(channels, args.size, args.width).apply(init_weights).to(args.device)
-    D = Discriminator(channels, args.width).apply(init_weights).to(args.device)
+    G = Generator(channels, args.size, args.width).apply(init_weights_and_biases).to(args.device)
+    D = Discriminator(channels, args.width).apply(init_weights_and_biases).to(args.device)
     opt_G = torch.optim.Adam(G.parameters(), lr=args.lr, betas=(0.5, 0.999), fused=True)
     opt_D = torch.optim.Adam(D.parameters(), lr=args.lr, betas=(0.5, 0.999), fused=True)
 

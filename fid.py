@@ -514,7 +514,7 @@ def compare(real, fake, weights, args):
     return result, f"{line}   ({details})"
 
 
-def command_line(argv):
+def read_arguments(argv):
     parser = argparse.ArgumentParser(
         f"{SCRIPT}.py", description=__doc__, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -539,7 +539,7 @@ def command_line(argv):
     return parser.parse_args(argv)
 
 
-def check(args):
+def check_arguments(args):
     """Refuse what cannot work, before anything is computed."""
     if not args.fake and (args.quality_index or not args.save):
         raise UserError("FAKE is missing: what shall REAL be compared with?")
@@ -568,8 +568,8 @@ def check(args):
 def main(argv=None):
     """Run with these arguments; None means those of the shell."""
     try:
-        args = command_line(argv)
-        check(args)
+        args = read_arguments(argv)
+        check_arguments(args)
         torch.backends.cudnn.allow_tf32 = False  # float32, not TF32, on a GPU too
         torch.backends.cudnn.benchmark = True
         with contextlib.redirect_stdout(sys.stderr if args.json else sys.stdout):

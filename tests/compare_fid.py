@@ -160,8 +160,8 @@ def compare_files(desk, weights):
     fid.main([str(a), "--save", str(desk / "ours.npz"), *common])
 
     def ours(first):
-        args = fid.command_line([str(first), str(b), *common])
-        fid.check(args)
+        args = fid.read_arguments([str(first), str(b), *common])
+        fid.check_arguments(args)
         return fid.score(args)[0]
 
     found = {"pytorch-fid, folders": theirs.calculate_fid_given_paths([str(a), str(b)], 5, cpu,

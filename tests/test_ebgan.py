@@ -103,7 +103,7 @@ def test_the_step_uses_codes_and_energies_of_the_fakes(monkeypatch):
 
 
 def test_biases_start_at_zero(monkeypatch):
-    D = ebgan.Discriminator(3, 4).apply(ebgan.init_weights)
+    D = ebgan.Discriminator(3, 4).apply(ebgan.init_weights_and_biases)
     assert not D.encoder[0].bias.any() and not D.decoder[-2].bias.any()
     assert 0.01 < D.encoder[2].weight.std() < 0.03
 
