@@ -23,7 +23,7 @@ Differs from the paper:
   - the energy is a mean square over pixels, the paper's a Euclidean norm. Its margin of 20 at 64 px
     is 20^2 / (64 * 64 * 3) = 0.033 here, and then holds for any image size. (As a norm, 20 asks
     for the same error, but 0.1 PT hardly counts beside it.)
-  - G is dcgan.py's with width 64. Learning rate 2e-4: Fabbri's 1e-3 collapsed in our trials
+  - G is dcgan.py's with width 64, and so is the learning rate, 2e-4; Fabbri's code has 1e-3
   - Fabbri's code, and others, leave out the square of the cosine, which rewards opposite codes; and
     his energy is one number for the whole batch, so that the margin depends on the batch's size
   - the gradient of G's energy runs through the image on both sides of Dec(Enc(x)) - x

@@ -25,8 +25,8 @@ Differs from the paper:
   - pixels are in [-1, 1] and G ends in a tanh, as in all scripts here; the paper and Fabbri have
     [0, 1] and a sigmoid
   - D returns logits; the losses of logits stay exact where log(sigmoid) would overflow
-  - one step of D for one of G (the paper's k = 1); Fabbri's code lets G alone go on while L_D is
-    below 1e-4, which here it never is for long
+  - one step of D for one of G, always (the paper's k = 1); Fabbri's code lets G alone go on while
+    L_D is below 1e-4
   - the fakes of D's step serve G's step too, which saves a pass through G; the paper draws new ones
 
     python gan_mlp.py                                # cartoon faces, on a CPU, no download
