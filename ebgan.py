@@ -294,7 +294,7 @@ def report(row, rows, parts, images_left, where, last):
                         "The last good checkpoint, if there is one, is kept.")
     left = timedelta(seconds=round(images_left / row["images/s"]))
     numbers = "  ".join(f"{name} {value:.3g}" for name, value in list(row.items())[1:])
-    progress(f"{where}  {numbers}  {left} left", last)
+    progress(f"{where}  {left} left  {numbers}", last)  # a narrow terminal cuts the end off
     rows.append({name: round(value, 5) for name, value in row.items()})
     if [r["step"] for r in rows if r["step"] >= 500 and r["spread"] < 0.1] == [row["step"]]:
         progress("MODE COLLAPSE: all images look alike (their spread is below 0.1)", last=True)
