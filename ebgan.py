@@ -28,9 +28,9 @@ Differs from the paper:
     his energy is one number for the whole batch, so that the margin depends on the batch's size
   - the gradient of G's energy runs through the image on both sides of Dec(Enc(x)) - x
 
-    python ebgan.py                              # cartoon faces, on a CPU, no download
-    python ebgan.py --data celeba                # as Fabbri
-    python ebgan.py --pull-away 0                # without the pull-away term
+    python ebgan.py                                      # cartoon faces, on a CPU, no download
+    python ebgan.py --data celeba                        # as Fabbri
+    python ebgan.py --pull-away 0 --out runs/no-pull     # without the pull-away term
 """
 
 import argparse

@@ -31,7 +31,7 @@ Differs from the paper:
 
     python gan_mlp.py                                # cartoon faces, on a CPU, no download
     python gan_mlp.py --data mnist --epochs 50       # digits
-    python gan_mlp.py --saturating                   # watch the first form of G's loss fail
+    python gan_mlp.py --saturating --out runs/flat   # Eq. 1's own loss for G, to compare
 """
 
 import argparse

@@ -25,9 +25,9 @@ Differs from the paper:
   - Fabbri's text has E over x ~ p_data in L_G, a slip, and his code ends D in a sigmoid, which
     brings back the flat ends that least squares does away with
 
-    python lsgan.py                          # cartoon faces, on a CPU, no download
-    python lsgan.py --data lsun_church       # Fabbri's churches, 128 px
-    python lsgan.py --labels -1 1 0          # Pearson chi^2
+    python lsgan.py                                         # cartoon faces, on a CPU, no download
+    python lsgan.py --data lsun_church                      # Fabbri's churches, 128 px
+    python lsgan.py --labels -1 1 0 --out runs/pearson      # Pearson chi^2
 """
 
 import argparse

@@ -25,9 +25,9 @@ Differs from the paper:
     paper has 0.01. His critic ends in a LeakyReLU, which the paper's does not
   - an epoch is counted in G steps: the critic sees five times as many images
 
-    python wgan.py                                  # cartoon faces, on a CPU, no download
-    python wgan.py --data celeba                    # as Fabbri
-    python wgan.py --data celeba --clip 0.05        # what he found better
+    python wgan.py                                                  # cartoon faces, on a CPU
+    python wgan.py --data celeba                                    # as Fabbri
+    python wgan.py --data celeba --clip 0.05 --out runs/clip05      # what he found better
 """
 
 import argparse
