@@ -198,13 +198,14 @@ class UserError(Exception):
     """Something the user can mend: main() prints its first line and exits with status 2."""
 
 
-def fit(args, data, step, draw, parts, grid=None):
+def fit(args, data, step, draw, parts, grid=None, measure=dict):
     """Train, log, draw and save; with --generate, only draw.
 
-    step()   makes one training step -> {column of losses.csv: 0-dimensional tensor}
-    draw(n)  draws n new images -> (n, C, size, size) in [-1, 1]
-    parts    every network and optimiser by name: what a checkpoint keeps
-    grid()   draws what pictures show -> (rows, columns, C, size, size); by default 8 x 8 of draw()
+    step()     makes one training step -> {column of losses.csv: 0-dimensional tensor}
+    draw(n)    draws n new images -> (n, C, size, size) in [-1, 1]
+    parts      every network and optimiser by name: what a checkpoint keeps
+    grid()     what pictures show -> (rows, columns, C, size, size); by default 8 x 8 of draw()
+    measure()  further columns -> {column: number}; by default none
     """
     out, done, rows = Path(args.out), 0, []
     grid = grid or (lambda: draw(64).unflatten(0, (8, 8)))
@@ -238,6 +239,7 @@ def fit(args, data, step, draw, parts, grid=None):
                 row = {"step": now, **dict(zip(values, means))}
                 with preview(args, parts):
                     row["spread"] = (draw(64).std(0).mean() / real.std(0).mean()).item()
+                    row.update(measure())
                 row["images/s"] = (now - done) * args.batch / (time.perf_counter() - start)
                 sums, since = 0, now
                 report(row, rows, parts, (total - now) * args.batch, f"step {now}/{total}", last)

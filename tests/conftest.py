@@ -49,8 +49,9 @@ def module(script):
 
 @pytest.fixture
 def tiny(module):
-    """Flags for the smallest run that the script can make."""
-    return ["--size", str(min(module.SIZES)), "--batch", "8", "--device", "cpu"]
+    """Flags for about the smallest run that the script can make."""
+    flags = ["--size", str(min(module.SIZES)), "--batch", "8", "--device", "cpu"]
+    return flags + ["--width", "8"] * ('"--width"' in Path(module.__file__).read_text())
 
 
 @pytest.fixture
@@ -86,8 +87,8 @@ def step_of(module, monkeypatch, args, data):
     """What train() hands to fit(): {"step": ..., "draw": ..., "parts": ..., "grid": ...}."""
     caught = {}
 
-    def fit(args, data, step, draw, parts, grid=None):
-        caught.update(args=args, step=step, draw=draw, parts=parts, grid=grid)
+    def fit(args, data, step, draw, parts, grid=None, measure=dict):
+        caught.update(args=args, step=step, draw=draw, parts=parts, grid=grid, measure=measure)
 
     monkeypatch.setattr(module, "fit", fit)
     settings, saved = module.command_line([*map(str, args), "--out", "no-such-run"])

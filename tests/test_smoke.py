@@ -35,10 +35,10 @@ def test_one_step_then_resume_then_generate(module, script, alone, tiny, device)
 def test_generate_needs_no_data_and_replaces_the_old(script, alone, module, tiny):
     """A checkpoint is enough to draw from; the folder holds what the last call drew, no more."""
     out = alone / "runs" / f"{script}-mine"
-    (alone / "mine").mkdir()
-    for i in range(8):
-        colour = (30 * i, 255 - 30 * i, 100)
-        Image.new("RGB", (40, 30), colour).save(alone / "mine" / f"{i}.png")
+    for i in range(80):
+        folder = alone / "mine" / "ab"[i % 2]  # two classes: some scripts need labels
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (40, 30), (3 * i, 255 - 3 * i, 100)).save(folder / f"{i}.png")
     assert call(module, "--data", "mine", "--steps", 1, *tiny) == 0
     (alone / "mine").rename(alone / "gone")
     for n in (5, 2):
