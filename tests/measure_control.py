@@ -1,0 +1,126 @@
+"""Does a finished run draw what it is asked for? Asks a classifier that no GAN has seen.
+
+    python tests/measure_control.py runs/cgan-cartoon runs/acgan-cartoon runs/egan-cartoon
+
+The classifier is trained here, on real images: 10,240 cartoon faces drawn from a seed of its own,
+or the training images of the run's data set (--root says where it is). For cgan and acgan it says
+for each label how many of 2,000 images have it as asked; for egan what it reads as c rises, on
+average and for each of 64 z.
+"""
+
+import argparse
+
+import torch
+from conftest import HERE, load
+from torch import nn
+
+
+def open_run(out):
+    """-> the script as a module, its settings, what train() hands to fit(), weights loaded."""
+    saved = torch.load(f"{out}/checkpoint.pt", map_location="cpu")
+    module, caught = load(HERE / f"{saved['script']}.py"), {}
+    args, saved = module.command_line(["--out", out, "--generate", "1", "--device", "cpu"])
+    module.check(args, saved)
+
+    def fit(args, data, step, draw, parts, grid=None, measure=dict):
+        caught.update(data=data, parts=parts)
+
+    module.fit = fit
+    module.train(args, module.Data(*saved["data"]))
+    module.load_checkpoint(args, caught["parts"])
+    return module, args, caught["data"], caught["parts"]
+
+
+def classifier(data, epochs=4, batch=64):
+    """A small CNN, trained to read all labels of the data off its images -> logits (B, K)."""
+    torch.manual_seed(0)
+    channels, size = data.images.shape[1:3]
+    layers, n = [], channels
+    for width in (32, 64, 128):
+        layers += [nn.Conv2d(n, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(),
+                   nn.MaxPool2d(2)]
+        n = width
+    net = nn.Sequential(*layers, nn.Flatten(), nn.Linear(n * (size // 8) ** 2, len(data.names)))
+    optimiser = torch.optim.Adam(net.parameters(), lr=1e-3)
+    for _ in range(epochs):
+        for i in torch.randperm(len(data.images)).split(batch):
+            logits, labels = net(data.images[i] / 127.5 - 1), data.labels[i].float()
+            loss = nn.functional.binary_cross_entropy_with_logits(logits, labels)
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+    return net.eval()
+
+
+def right(logits, labels):
+    """(K,) the part of images that have label k as they should; one-hot: of those of class k."""
+    if (labels.sum(1) == 1).all():
+        hits = (logits.argmax(1) == labels.argmax(1)).float()
+        return (labels * hits[:, None]).sum(0) / labels.sum(0)
+    return ((logits > 0) == (labels > 0)).float().mean(0)
+
+
+def say(names, values):
+    print("  " + "  ".join(f"{name} {value:.3f}" for name, value in zip(names, values)), flush=True)
+
+
+@torch.no_grad()
+def conditional(module, args, data, parts, judge):
+    labels = module.sample_labels(data, 2000, args.device)
+    images = torch.cat([parts["G"](torch.randn(len(y), module.Z), y) for y in labels.split(100)])
+    found = right(judge(images), labels)
+    print(f"  images with the label as asked: {found.mean():.3f} on average")
+    say(data.names, found.tolist())
+
+
+@torch.no_grad()
+def swept(module, args, data, parts, judge):
+    values = torch.linspace(0, args.sweep, 9)
+    images = module.sweep(parts["G"], 64, values)
+    if args.attribute in module.FORMULAS:
+        readings = module.FORMULAS[args.attribute](images.flatten(0, 1)).unflatten(0, (64, 9))
+    else:
+        logits = judge(images.flatten(0, 1))[:, data.names.index(args.attribute)]
+        readings = logits.sigmoid().unflatten(0, (64, 9))
+    print(f"  {args.attribute} of 64 z, by c (mean):")
+    say([f"c={c:g}" for c in values.tolist()], readings.mean(0).tolist())
+    for most in sorted({1.0, args.sweep}):
+        part = readings[:, values <= most]
+        c = values[values <= most].expand_as(part)
+        rising = (part.diff(dim=1) > 0).all(1).sum()
+        correlation = torch.corrcoef(torch.stack([c.flatten(), part.flatten()]))[0, 1]
+        print(f"  up to c = {most:g}: correlation of c and reading {correlation:.3f}; "
+              f"rises at every step for {rising} of 64 z, from first to last for "
+              f"{(part[:, -1] > part[:, 0]).sum()}", flush=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("runs", nargs="+")
+    parser.add_argument("--root", default="data")
+    root, judges = parser.parse_args().root, {}
+    for out in parser.parse_args().runs:
+        module, args, data, parts = open_run(out)
+        key = (args.data, args.size)
+        if key not in judges:
+            if args.data == "cartoon":
+                real = module.draw_cartoons(10_240, args.size, seed="classifier")
+            else:
+                real = module.load_images(args.data, args.size, root)
+            judges[key] = classifier(real)
+            test = module.load_images(args.data, args.size, root, split="test")
+            with torch.no_grad():
+                found = right(judges[key](test.images / 127.5 - 1), test.labels.float())
+            print(f"the classifier, on {len(test.images):,} test images of {args.data}:")
+            say(real.names, found.tolist())
+        print(out)
+        torch.manual_seed(1)
+        for net in parts.values():
+            if isinstance(net, nn.Module):
+                net.eval()
+        kind = swept if hasattr(module, "sweep") else conditional
+        kind(module, args, data, parts, judges[key])
+
+
+if __name__ == "__main__":
+    main()

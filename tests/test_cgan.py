@@ -1,0 +1,95 @@
+"""cgan.py: labels go into both networks, and a fake keeps the label that it was drawn for."""
+
+import pytest
+import torch
+from conftest import HERE, call, load, step_of
+from PIL import Image
+
+cgan = load(HERE / "cgan.py")
+
+
+def count(net):
+    return sum(p.numel() for p in net.parameters())
+
+
+def test_parameter_counts_and_shapes():
+    G, D = cgan.Generator(1, 28, 10), cgan.Discriminator(1, 28, 10)
+    assert (count(G), count(D)) == (2_314_621, 294_649)
+    assert (count(cgan.Generator(3, 64, 15)), count(cgan.Discriminator(3, 64, 15))) == (
+        7_744_412, 659_357)
+    y = torch.eye(10)[:3]
+    assert G.label(y).shape == (3, 1, 7, 7) and D.label(y).shape == (3, 1, 28, 28)
+    images = G(torch.randn(3, cgan.Z), y)
+    assert images.shape == (3, 1, 28, 28) and images.abs().max() <= 1
+    assert D(images, y).shape == (3,)
+
+
+def test_a_row_of_several_ones_is_the_sum_of_embeddings():
+    """And a row with one 1 picks one row of a table."""
+    embed = cgan.label_map(4, 7)[0]
+    rows = embed(torch.eye(4))
+    assert torch.equal(rows, embed.weight.T)
+    torch.testing.assert_close(embed(torch.tensor([[1.0, 0, 1, 0]]))[0], rows[0] + rows[2])
+
+
+def test_the_label_changes_what_both_networks_say():
+    torch.manual_seed(0)
+    G, D = cgan.Generator(1, 16, 3).eval(), cgan.Discriminator(1, 16, 3).eval()
+    z, y = torch.randn(1, cgan.Z), torch.eye(3)
+    images = G(z.expand(3, -1), y)
+    assert (images[0] - images[1]).abs().max() > 1e-3
+    logits = D(images[:1].expand(3, -1, -1, -1), y)
+    assert logits.std() > 1e-3
+
+
+@pytest.mark.parametrize("tested", ["real", "fake"])
+def test_every_image_goes_with_its_label(monkeypatch, tested):
+    """Image i of the data is all i; its label is row i. G's labels are those that D gets."""
+    labels = torch.eye(16, dtype=torch.uint8)
+    pixels = torch.arange(16, dtype=torch.uint8).view(16, 1, 1, 1).expand(16, 1, 16, 16)
+    data = cgan.Data(pixels, labels, [str(i) for i in range(16)])
+    caught = step_of(cgan, monkeypatch, ["--size", 16, "--batch", 8, "--device", "cpu"], data)
+    G, D = caught["parts"]["G"], caught["parts"]["D"]
+    seen = {"G": [], "D": []}
+    G.register_forward_hook(lambda net, given, made: seen["G"].append((*given, made.detach())))
+    D.register_forward_hook(lambda net, given, made: seen["D"].append(given))
+    caught["step"]()
+    (_, drawn_for, fake), = seen["G"]
+    assert len(seen["D"]) == 3  # real and fake in D's step, fake in G's
+    if tested == "real":
+        images, y = seen["D"][0]
+        number = ((images[:, 0, 0, 0] + 1) * 127.5).round().long()
+        assert torch.equal(number, y.argmax(1))
+    else:
+        for images, y in seen["D"][1:]:
+            assert torch.equal(images.detach(), fake) and torch.equal(y, drawn_for)
+
+
+def test_the_grid_has_a_column_a_class_and_a_z_a_row(monkeypatch):
+    data = cgan.draw_cartoons(16, 16, seed=0)
+    caught = step_of(cgan, monkeypatch, ["--batch", 8, "--size", 16, "--device", "cpu"], data)
+    seen = []
+    caught["parts"]["G"].register_forward_hook(lambda net, given, made: seen.append(given))
+    with cgan.preview(caught["args"], caught["parts"]):
+        images = caught["grid"]()
+    z, y = (x.unflatten(0, (8, 5)) for x in seen[0])
+    assert images.shape == (8, 5, 3, 16, 16)
+    assert torch.equal(y, torch.eye(5).expand(8, 5, 5))
+    assert torch.equal(z, z[:, :1].expand_as(z)) and not torch.equal(z[0], z[1])
+
+
+def test_labels_drawn_are_rows_of_the_data():
+    data = cgan.draw_cartoons(6, 16, seed=0)
+    rows = {tuple(row.tolist()) for row in data.labels}
+    drawn = cgan.sample_labels(data, 50, "cpu")
+    assert drawn.dtype == torch.float32 and {tuple(row.int().tolist()) for row in drawn} == rows
+
+
+def test_a_folder_without_labels(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "flat").mkdir()
+    for i in range(8):
+        Image.new("RGB", (20, 20), (30 * i, 0, 0)).save(tmp_path / "flat" / f"{i}.png")
+    assert call(cgan, "--data", "flat", "--batch", 8) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "no labels" in error and not (tmp_path / "runs").exists()
