@@ -89,7 +89,7 @@ TABLE = [
     ("--generate 4 --out cut", "cut/checkpoint.pt is damaged"),
     ("--resume --out foreign", "foreign/checkpoint.pt was not written by"),
     ("--resume --out misfit --steps 2", "does not fit"),
-    ("--resume --out old --steps 2 --size 64", "this run has --size"),
+    ("--resume --out old --steps 2 --size 128", "this run has --size"),
     ("--resume --out old --steps 2 --data mnist", "this run has --data cartoon"),
     ("--resume --out old --steps 1", "--steps"),
 ]

@@ -14,10 +14,13 @@ FLAGS = {
     "lsgan": ["--width", 32],
     "wgan": ["--width", 32, "--lr", 3e-4, "--critic", 2],
     "ebgan": ["--width", 16, "--lr", 1e-3],
+    "sngan": ["--width", 32, "--lr", 3e-3],
+    "egan": ["--width", 16, "--lr", 1e-3],
 }
-# In 2,000 (gan_mlp) and 800 (sngan) small steps their distance went up and down: no setting is
-# known yet that shows in seconds that they learn.
-SLOW = {"gan_mlp", "sngan"}
+STEPS = {"sngan": 1600}
+# In 2,000 small steps its distance goes up and down: no setting is known that shows in seconds that
+# gan_mlp learns.
+SLOW = {"gan_mlp"}
 
 
 def distance(a, b):
@@ -44,10 +47,12 @@ def test_learns(module, script, tmp_path, monkeypatch, sign):
     real = module.load_images("cartoon", min(module.SIZES)).images
     g_loss = module.g_loss
     monkeypatch.setattr(module, "g_loss", lambda *outputs: sign * g_loss(*outputs))
+    if script == "pix2pix_color":
+        pytest.skip("it learns colours, not faces: see test_pix2pix_color.py")
     if script in SLOW:
         pytest.xfail("no small setting is known in which it shows that it learns")
     flags = ["--batch", 8, *FLAGS.get(script, [])]
-    before = distance(fakes_after(module, tmp_path / "a", *flags, "--steps", 1), real)
-    after = distance(fakes_after(module, tmp_path / "b", *flags, "--steps", 800), real)
+    before, after = (distance(fakes_after(module, tmp_path / str(n), *flags, "--steps", n), real)
+                     for n in (1, STEPS.get(script, 800)))
     print(f"{script}, sign {sign:+}: {before:.3f} -> {after:.3f}")
     assert (after < 0.6 * before) == (sign == 1)

@@ -74,4 +74,5 @@ def test_the_readme_tells_how_much_changes(script):
     if script == "acgan":
         expected += f" ({changed_lines(script, 'sngan')} from sngan.py)"
     assert row.split("|")[-2].strip() == expected
-    assert changed_lines(script) <= {"lsgan": 20, "wgan": 40}.get(script, 200)
+    most = {"lsgan": 20, "wgan": 40, "pix2pix_color": 330}.get(script, 200)
+    assert changed_lines(script) <= most
