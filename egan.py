@@ -9,7 +9,7 @@ After training, turning c alone changes that one attribute.
 
     w = [z, c], c is 0 or 1
     L_D = -E[log D(x)] - E[log(1 - D(G(w)))]        as in dcgan.py
-    L_G = l_fool + l_rep
+    L_G = l_fool + rep l_rep
     l_fool = -E[log D(G(w))]
     l_rep = -E[c log F(G(w)) + (1 - c) log(1 - F(G(w)))]
     L_F = -E[t log F(x) + (1 - t) log(1 - F(x))]    t is 0.9 or 0.1, on real images alone
@@ -22,7 +22,7 @@ they are. A linear ramp has 1, noise about 0.27, one hard edge in an empty pictu
 
 Changes from dcgan.py:
   - c is one more input of G; z is uniform in [-1, 1]
-  - l_rep in G's loss; --attribute brightness, sharpness, or a label's name
+  - l_rep in G's loss, weighted by --rep; --attribute brightness, sharpness, or a label's name
   - the CNN of a label: --extractor pretrain trains it first, for as many steps as D and G then get,
     and freezes it; joint trains it along with them
   - two steps of G for one of D, by --g-steps
@@ -191,9 +191,9 @@ def d_loss(real_logits, fake_logits):
     return nn.functional.softplus(-real_logits).mean() + nn.functional.softplus(fake_logits).mean()
 
 
-def g_loss(fake_logits, readings, c):
-    """L_G = l_fool + l_rep. readings are F's logits."""
-    return nn.functional.softplus(-fake_logits).mean() + rep_loss(readings, c)
+def g_loss(fake_logits, readings, c, rep):
+    """L_G = l_fool + rep l_rep. readings are F's logits."""
+    return nn.functional.softplus(-fake_logits).mean() + rep * rep_loss(readings, c)
 
 
 def rep_loss(readings, c):
@@ -218,8 +218,9 @@ def options(parser):
     add("--g-steps", type=number(int, 1), default=2, help="G steps per D step (2)")
     add("--attribute", default="brightness", help="brightness, sharpness, or a label of the data")
     add("--extractor", choices=["pretrain", "joint"], default="pretrain", help="F, for labels")
+    add("--rep", type=number(float, 0), default=1.0, help="weight of l_rep in L_G (1)")
     add("--sweep", type=number(float, 1e-9), default=2.0, help="pictures go from c = 0 to here (2)")
-    return {"batch": 16, "epochs": 50}  # small batches: more steps for the same time
+    return {"batch": 16, "epochs": 25, "rep": 10.0}  # on such flat pictures, D drowns l_rep out
 
 
 def train(args, data):
@@ -255,7 +256,7 @@ def train(args, data):
             w = sample_w(args.batch) if k > 0 else w
             fake = G(w) if k > 0 else fake
             readings = F(fake)
-            loss_G = g_loss(D(fake), readings, w[:, -1])
+            loss_G = g_loss(D(fake), readings, w[:, -1], args.rep)
             opt_G.zero_grad()
             loss_G.backward(inputs=list(G.parameters()))
             opt_G.step()

@@ -130,8 +130,8 @@ def train(args, data):
     channels = data.images.shape[1]
     G = Generator(channels, args.size).to(args.device)
     D = Discriminator(channels, args.size).to(args.device)
-    opt_G = torch.optim.Adam(G.parameters(), lr=args.lr, fused=True)
-    opt_D = torch.optim.Adam(D.parameters(), lr=args.lr, fused=True)
+    opt_G = torch.optim.Adam(G.parameters(), lr=args.lr, betas=(0.5, 0.999), fused=True)
+    opt_D = torch.optim.Adam(D.parameters(), lr=args.lr, betas=(0.5, 0.999), fused=True)
 
     def sample_z(n):
         return 2 * torch.rand(n, Z, device=args.device) - 1  # uniform in [-1, 1]

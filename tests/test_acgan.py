@@ -31,8 +31,10 @@ def test_parameter_counts_and_shapes():
 def test_the_label_changes_the_picture():
     torch.manual_seed(0)
     G = acgan.Generator(3, 16, 8, 3)
-    images = G(torch.randn(1, acgan.Z).expand(3, -1), torch.eye(3))
+    z = torch.randn(1, acgan.Z)
+    images = G(z.expand(3, -1), torch.eye(3))
     assert (images[0] - images[1]).abs().max() > 1e-3
+    assert (images[:1] - G(-z, torch.eye(3)[:1])).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("k", [5, 9, 15])

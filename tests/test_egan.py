@@ -61,7 +61,9 @@ def test_losses_by_hand():
     """logits of 1/4 and 3/4 against c = 1 and 0; the extractor's own targets are 0.9 and 0.1."""
     readings, c = torch.tensor([1 / 4, 3 / 4]).logit(), torch.tensor([1.0, 0.0])
     assert egan.rep_loss(readings, c).item() == pytest.approx(-np.log(1 / 4))
-    assert egan.g_loss(torch.zeros(2), readings, c).item() == pytest.approx(np.log(2) + np.log(4))
+    for rep in (0, 1, 10):
+        loss = egan.g_loss(torch.zeros(2), readings, c, rep).item()
+        assert loss == pytest.approx(np.log(2) + rep * np.log(4))
     for label, target in ((0.0, 0.1), (1.0, 0.9)):
         x = torch.zeros(1, requires_grad=True)
         egan.f_loss(x, torch.tensor([label])).backward()
@@ -110,11 +112,9 @@ def test_pretraining_teaches_the_extractor(monkeypatch):
 
 
 def test_g_feels_the_extractor(monkeypatch):
-    """With F alone in L_G, two hundred steps make c = 1 much brighter than c = 0."""
-    loss = egan.rep_loss
-    monkeypatch.setattr(egan, "g_loss", lambda logits, readings, c: loss(readings, c))
+    """With little but l_rep in L_G, a hundred steps make c = 1 much brighter than c = 0."""
     data = egan.draw_cartoons(64, 16, seed=0)
-    caught = step_of(egan, monkeypatch, [*TINY, "--lr", 1e-3], data)
+    caught = step_of(egan, monkeypatch, [*TINY, "--lr", 1e-3, "--rep", 1000], data)
     for _ in range(100):
         caught["step"]()
     with egan.preview(caught["args"], caught["parts"]):
@@ -155,6 +155,7 @@ def test_c_is_zero_or_one_in_training(monkeypatch):
     (["--extractor", "none"], "--extractor"),
     (["--sweep", "0"], "--sweep"),
     (["--g-steps", "0"], "--g-steps"),
+    (["--rep", "-1"], "--rep"),
 ])
 def test_bad_input(tmp_path, monkeypatch, capsys, flags, expected):
     monkeypatch.chdir(tmp_path)
