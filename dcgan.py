@@ -13,7 +13,7 @@ Changes from gan_mlp.py:
     linear layers (Sec. 3)
   - BatchNorm in both, but not on G's output and D's input, where it made the paper's training
     oscillate (Sec. 3)
-  - weights start from N(0, 0.02^2); Adam with learning rate 2e-4 and beta1 0.5 (Sec. 4)
+  - weights start from N(0, 0.02^2); Adam's learning rate is 2e-4 (Sec. 4)
   - z is normal; batches of 64, 25 epochs; any size that is a power of two
   - --g-steps makes several G steps for one D step, --width scales the networks; no --saturating
 
