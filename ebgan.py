@@ -170,7 +170,7 @@ def options(parser):
     add("--width", type=number(int, 1), default=64, help="channels at half size (64; paper: 128)")
     add("--margin", type=number(float, 1e-9), default=0.033, help="m, as a mean square (0.033)")
     add("--pull-away", type=number(float, 0), default=0.1, help="weight of PT in L_G (0.1)")
-    return {"batch": 16, "epochs": 50}  # small batches: more steps for the same time
+    return {"batch": 16, "epochs": 25}  # small batches: more steps for the same time
 
 
 def train(args, data):

@@ -35,6 +35,8 @@ Differs from the paper:
   - z is uniform in [-1, 1], as in the code that the thesis builds on; it says [0, 1]. There each
     number is mostly its mean, BatchNorm passes that on, and on cartoon G drew one face for all z
   - sums over the batch there are means here; with l_rep and l_fool alike, the ratio is the same
+  - --rep is 1, as in the thesis, but 10 on cartoon: there D's gradient is so much the larger that
+    with 1 brightness followed c for some hundred steps, and turned round in the next
   - it calls n a geometric mean; n is the Euclidean norm. n is 0 where the picture is flat: a
     constant of 1e-12 below the root keeps its slope finite there
   - F's width (64 and 128 channels, 4x4 kernels) is ours, the thesis says only "3 layers"

@@ -166,7 +166,7 @@ def options(parser):
     parser.epilog = "All defaults are Espis and Potrimba's (2020)."
     add = parser.add_argument
     add("--width", type=number(int, 1), default=128, help="channels of every layer (128)")
-    return {"batch": 16, "epochs": 50, "width": 64, "lr": 1e-3}  # for minutes on a CPU
+    return {"batch": 16, "epochs": 25, "width": 64, "lr": 1e-3}  # for minutes on a CPU
 
 
 def train(args, data):
