@@ -35,8 +35,8 @@ Differs from the paper:
   - z is uniform in [-1, 1], as in the code that the thesis builds on; it says [0, 1]. There each
     number is mostly its mean, BatchNorm passes that on, and on cartoon G drew one face for all z
   - sums over the batch there are means here; with l_rep and l_fool alike, the ratio is the same
-  - --rep is 1, as in the thesis, but 10 on cartoon: there D's gradient is so much the larger that
-    with 1 brightness followed c for some hundred steps, and turned round in the next
+  - --rep is 1, as in the thesis, but 10 on cartoon: there l_fool's gradient on G is 45 times that
+    of l_rep, and with 1 brightness followed c for some hundred steps, and turned round in the next
   - it calls n a geometric mean; n is the Euclidean norm. n is 0 where the picture is flat: a
     constant of 1e-12 below the root keeps its slope finite there
   - F's width (64 and 128 channels, 4x4 kernels) is ours, the thesis says only "3 layers"
@@ -240,7 +240,7 @@ def train(args, data):
 
     def step():
         """One round of Alg. 1 of Goodfellow et al. 2014, with F."""
-        of_F = step_F() if args.extractor == "joint" else {}
+        logged_F = step_F() if args.extractor == "joint" else {}
         real, _ = sample_batch(data, args.batch, args.device)
         w = sample_w(args.batch)
         fake = G(w)
@@ -265,7 +265,7 @@ def train(args, data):
 
         d_real, d_fake = real_logits.sigmoid().mean(), fake_logits.sigmoid().mean()
         return {"loss_D": loss_D, "loss_G": loss_G, "D(x)": d_real, "D(G(w))": d_fake,
-                "l_rep": rep_loss(readings, w[:, -1]), **of_F}
+                "l_rep": rep_loss(readings, w[:, -1]), **logged_F}
 
     def draw(n):
         return G(sample_w(n))

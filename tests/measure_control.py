@@ -98,17 +98,17 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("runs", nargs="+")
     parser.add_argument("--root", default="data")
-    root, judges = parser.parse_args().root, {}
-    for out in parser.parse_args().runs:
+    asked, judges = parser.parse_args(), {}
+    for out in asked.runs:
         module, args, data, parts = open_run(out)
         key = (args.data, args.size)
         if key not in judges:
             if args.data == "cartoon":
                 real = module.draw_cartoons(10_240, args.size, seed="classifier")
             else:
-                real = module.load_images(args.data, args.size, root)
+                real = module.load_images(args.data, args.size, asked.root)
             judges[key] = classifier(real)
-            test = module.load_images(args.data, args.size, root, split="test")
+            test = module.load_images(args.data, args.size, asked.root, split="test")
             with torch.no_grad():
                 found = right(judges[key](test.images / 127.5 - 1), test.labels.float())
             print(f"the classifier, on {len(test.images):,} test images of {args.data}:")
