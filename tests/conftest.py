@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+import os
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,11 @@ SCRIPTS = sorted(path.stem for path in HERE.glob("*.py") if path.stem != EVALUAT
 
 
 def pytest_configure(config):
+    """One thread, here and in the processes that tests start, and sums always in the same order:
+    runs are compared bit for bit, and networks this small hardly gain by a second thread.
+    """
+    torch.set_num_threads(1)
+    os.environ.update(OMP_NUM_THREADS="1", MKL_CBWR="AUTO,STRICT")
     config.addinivalue_line("markers", "cuda: needs a CUDA device")
 
 

@@ -23,15 +23,6 @@ from torchvision.models import inception
 fid = load(HERE / "fid.py")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """For small things two threads are slower than one if the machine has other work."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def normal(n, d, seed=0):
     return torch.randn(n, d, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
