@@ -12,14 +12,14 @@ from PIL import Image
 # Far from convergence, but enough to see where it goes; faster than each script's own defaults.
 FLAGS = {
     "dcgan": ["--lr", 1e-3],
-    "gan_mlp": ["--lr", 1e-3],
+    "gan_mlp": ["--lr", 2e-3],
     "lsgan": ["--width", 32],
     "wgan": ["--width", 32, "--lr", 3e-4, "--critic", 2],
     "ebgan": ["--width", 16, "--lr", 1e-3],
     "sngan": ["--width", 32, "--lr", 3e-3],
     "egan": ["--width", 16, "--lr", 1e-3],
 }
-STEPS = {"sngan": 1600}
+STEPS = {"gan_mlp": 400, "sngan": 1000}
 
 
 def distance(a, b):
