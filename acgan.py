@@ -33,6 +33,9 @@ Differs from the papers:
     20 attributes on average, where the faces have about 9, and contradictions (bald with wavy hair)
   - their code switches spectral norm off in G's third layer, without a reason; here it is on
   - one D step on 64 real and 64 fake images; their code makes two, of 32 each
+  - on cartoon --aux is 3 and the learning rate 4e-3. With 1 and 1e-3, the second head could tell
+    69 % of real faces' smiles at the end and 99.8 % of the fakes': G and D had agreed on a sign of
+    their own, which is no smile. With 5 and 1e-3, the pictures were speckled
 
     python acgan.py                              # cartoon faces, on a CPU, no download
     python acgan.py --data celeba                # as Espis and Potrimba: FID 19.42 in their report
@@ -199,7 +202,7 @@ def options(parser):
     add("--width", type=number(int, 1), default=128, help="channels of every layer (128)")
     add("--aux", type=number(float, 0), default=1.0, help="weight of the labels' losses (1)")
     add("--attributes", metavar="A,B", help="with --generate: draw these labels, no others")
-    return {"batch": 16, "epochs": 50, "width": 64, "lr": 1e-3}  # for minutes on a CPU
+    return {"batch": 16, "epochs": 50, "width": 64, "lr": 4e-3, "aux": 3.0}  # minutes on a CPU
 
 
 def train(args, data):
