@@ -123,6 +123,13 @@ def test_g_feels_the_extractor(monkeypatch):
     assert numbers["F(c=1)"] > numbers["F(c=0)"] + 0.2
 
 
+@pytest.mark.parametrize(("flags", "rep"), [
+    ([], 20), ([*CNN, "joint"], 5), (["--rep", 3], 3), (["--data", "faces"], 1)])
+def test_rep_depends_on_data_and_attribute(monkeypatch, flags, rep):
+    data = egan.draw_cartoons(16, 16, seed=0)
+    assert step_of(egan, monkeypatch, [*TINY, *flags], data)["args"].rep == rep
+
+
 def test_grid_sweeps_c_alone_and_draws_the_readings(monkeypatch):
     data = egan.draw_cartoons(16, 16, seed=0)
     caught = step_of(egan, monkeypatch, [*TINY, "--sweep", 4], data)

@@ -17,7 +17,7 @@ FLAGS = {
     "wgan": ["--width", 32, "--lr", 3e-4, "--critic", 2],
     "ebgan": ["--width", 16, "--lr", 1e-3],
     "sngan": ["--width", 32, "--lr", 3e-3],
-    "egan": ["--width", 16, "--lr", 1e-3],
+    "egan": ["--width", 16, "--lr", 1e-3, "--rep", 1],
 }
 STEPS = {"gan_mlp": 400, "sngan": 1000}
 
