@@ -235,7 +235,7 @@ def train(args, data):
     opt_G = torch.optim.Adam(G.parameters(), lr=args.lr, betas=(0.5, 0.999), fused=True)
     opt_D = torch.optim.Adam(D.parameters(), lr=args.lr, betas=(0.5, 0.999), fused=True)
     F, step_F, parts_F = build_extractor(args, data)
-    if args.rep is None:
+    if args.rep is None:  # flat drawings need more: see "Differs from the paper"
         usual = 20.0 if args.attribute in FORMULAS else 5.0
         args.rep = usual if args.data == "cartoon" else 1.0
 
@@ -289,7 +289,7 @@ def train(args, data):
 
 
 def sample_w(n, device):
-    """n random w = [z, c] (n, 101): z uniform in [-1, 1], c one or the other of 0 and 1."""
+    """n random w = [z, c] (n, 101): z uniform in [-1, 1], c is 0 or 1, equally often."""
     c = torch.randint(2, (n, 1), device=device)
     return torch.cat([2 * torch.rand(n, Z - 1, device=device) - 1, c], dim=1)
 
