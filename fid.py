@@ -42,13 +42,13 @@ import contextlib
 import functools
 import hashlib
 import json
-import multiprocessing
+import math
 import os
 import random
-import shutil
-import signal
 import sys
+import tempfile
 import time
+import zipfile
 from collections import deque, namedtuple
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -86,7 +86,7 @@ def statistics(batches, weights=None, keep=False):
         n += m
         kept += [features] if keep else []
     if n < 2:
-        raise UserError(f"{n} usable images: a covariance needs two at the very least")
+        refuse(f"{n} usable images: a covariance needs two at the very least")
     sigma = squares.cpu() / (n - 1)
     return Statistics(n, mu.cpu(), sigma, torch.cat(kept) if keep else None, weights)
 
@@ -101,6 +101,8 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     C = A.T @ B  # (rank of S1, rank of S2), the smaller rank first
     roots = torch.linalg.eigvalsh(C @ C.T).clamp(min=0).sqrt()
     distance = (mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * roots.sum()
+    if not -1e-3 < distance < math.inf:  # false for NaN, too
+        refuse(f"the distance is {distance.item()}: weights or statistics cannot be right")
     return max(0.0, distance.item())  # rounding can make -1e-13 of 0
 
 
@@ -234,16 +236,16 @@ def load_inception(path, device):
                     torch.hub.load_state_dict_from_url(
                         URL, map_location="cpu", check_hash=True, weights_only=True)
             except (OSError, RuntimeError) as error:
-                raise UserError(f"{URL} cannot be downloaded ({error}); get that file and put it "
-                                f"into {path.parent}, or name it by --weights") from error
+                refuse(f"{URL} cannot be downloaded ({error}); get that file and put it into "
+                       f"{path.parent}, or name it by --weights")
     if not Path(path).is_file():
-        raise UserError(f"--weights {path}: there is no such file")
+        refuse(f"--weights {path}: there is no such file")
     digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()[:8]
     state = load_file(path)
     try:
         return build_inception(state).to(device), digest
     except (KeyError, IndexError, TypeError, AttributeError, RuntimeError) as error:
-        raise UserError(f"{path} does not hold the weights of this network: {error!r}") from error
+        refuse(f"{path} does not hold the weights of this network: {error!r}")
 
 
 # --- from images to features ----------------------------------------------------------------------
@@ -262,69 +264,80 @@ def to_input(images, device):
     return (2 * x - 1).contiguous(memory_format=torch.channels_last)
 
 
-def read_picture(path):
-    """An image file at its own size -> uint8 (3, H, W); None if it cannot be read."""
+def read_picture(path, size=None):
+    """An image file -> uint8 (3, H, W); the path itself if it cannot be read.
+
+    At its own size, or scaled and cropped to size x size as the training scripts do it.
+    """
     try:
-        pixels = np.array(open_image(path).convert("RGB"))
-    except Exception:  # as in decode()
-        return None
-    return torch.from_numpy(pixels).permute(2, 0, 1)
+        image = open_image(path)
+        if size:
+            image = ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    except Exception:  # Pillow raises almost anything at a broken file
+        return path
 
 
-def read_ahead(files, batch):
+def read_ahead(files, size, batch):
     """Lists of pictures, in order. Threads decode the next batches, two and no more."""
-    waiting = deque()
+    waiting, read = deque(), functools.partial(read_picture, size=size)
     with ThreadPool() as pool:
         for i in range(0, len(files), batch):
-            waiting.append(pool.map_async(read_picture, files[i : i + batch]))
+            waiting.append(pool.map_async(read, files[i : i + batch]))
             if len(waiting) > 2:
                 yield waiting.popleft().get()
         while waiting:
             yield waiting.popleft().get()
 
 
-def features_of(batches, total, name, net, device):
-    """Batches of images -> batches of features (B, 2048) float32, with progress."""
-    done, start = 0, time.perf_counter()
-    home = "cpu" if device.type == "mps" else device  # MPS has no float64 for what comes next
-    for images in batches:
-        before, done = done, done + len(images)
-        images = images if torch.is_tensor(images) else [x for x in images if x is not None]
-        if len(images) > 0:
-            with torch.no_grad():
-                yield net(to_input(images, device)).to(home)
-        if sys.stdout.isatty() or 10 * before // total < 10 * done // total:
-            rate = done / (time.perf_counter() - start)
-            progress(f"{name}: {done:,} of {total:,} images, {rate:.1f}/s", last=done == total)
+Source = namedtuple("Source", "name total batches size")  # what a REAL or a FAKE stands for
 
 
-def measure(source, args, net, weights, keep):
-    """One of the three kinds of REAL and FAKE -> its Statistics."""
-    if source.kind == "statistics":
-        return source.content
-    if source.kind == "data set":
-        size = args.size or source.content
-        images = load_images(source.name, size, args.root, args.split).images
-        total, batches = len(images), images.split(args.batch)
-        name = f"{source.name} ({args.split}, {size} px)"
-        return statistics(features_of(batches, total, name, net, args.device), weights, keep)
+def open_source(name, args, n=None, usual=None):
+    """-> a Source; its batches are read when they are needed. n: that many random images, no more.
 
-    files, unreadable = source.content, []
+    A data set's images have args.size, or else the usual size of its own or of the fakes. A
+    folder's have args.size, or else their own; size then is that of the first one.
+    """
+    if name.endswith(".npz"):
+        return Source(name, None, load_statistics(name), None)
+    if name in SETS:
+        size = args.size or usual or SETS[name]
+        images = load_images(name, size, args.root, args.split).images[:n]
+        return Source(f"{name} ({args.split})", len(images), images.split(args.batch), (size, size))
+    files = list_images(name)
+    files = random.Random(0).sample(files, min(n, len(files))) if n else files
+    read = (read_picture(file, args.size) for file in files)
+    first = next((picture for picture in read if torch.is_tensor(picture)), None)
+    if first is None or len(files) < 2:
+        refuse(f"{name} is no data set, and has not two images that can be read")
+    return Source(name, len(files), read_ahead(files, args.size, args.batch), first.shape[:0:-1])
 
-    def batches():
-        for i, pictures in enumerate(read_ahead(files, args.batch)):
-            names = files[i * args.batch :]
-            unreadable.extend(file for file, x in zip(names, pictures) if x is None)
-            yield pictures
 
-    try:
-        found = features_of(batches(), len(files), source.name, net, args.device)
-        return statistics(found, weights, keep)
-    except UserError as error:
-        raise UserError(f"{source.name}: {error}") from error
-    finally:
-        if unreadable:
-            print(f"left out, unreadable: {len(unreadable)}, the first is {unreadable[0]}")
+def measure(source, args, net, weights, keep=False):
+    """-> the Statistics of a source, by way of the network; progress is told."""
+    if isinstance(source.batches, Statistics):
+        return source.batches
+    home = "cpu" if args.device.type == "mps" else args.device  # MPS has no float64
+    broken, start = [], time.perf_counter()
+
+    def features():
+        done = 0
+        for images in source.batches:
+            before, done = done, done + len(images)
+            broken.extend(image for image in images if not torch.is_tensor(image))
+            images = [image for image in images if torch.is_tensor(image)]
+            if images:
+                with torch.no_grad():
+                    yield net(to_input(images, args.device)).to(home)
+            if 10 * before // source.total < 10 * done // source.total:
+                rate = done / (time.perf_counter() - start)
+                print(f"{source.name}: {done:,} of {source.total:,} images, {rate:.1f}/s")
+
+    found = statistics(features(), weights, keep)
+    if broken:
+        print(f"left out: {len(broken)} unreadable {broken[:1]}")
+    return found
 
 
 # Statistics in files, with the keys mu and sigma: pytorch-fid reads and writes the same.
@@ -337,12 +350,13 @@ def load_statistics(path):
             n = int(saved["n"]) if "n" in saved else None
             weights = str(saved["weights"]) if "weights" in saved else None
     except Exception as error:  # as in load_file()
-        raise UserError(f"{path} is not a .npz file with mu and sigma: {error!r}") from error
+        refuse(f"{path} is not a .npz file with mu and sigma: {error!r}")
     if mu.shape != (2048,) or sigma.shape != (2048, 2048):
-        raise UserError(f"{path}: mu {tuple(mu.shape)} and sigma {tuple(sigma.shape)} should be "
-                        "(2048,) and (2048, 2048)")
-    if not (mu.isfinite().all() and sigma.isfinite().all() and torch.allclose(sigma, sigma.T)):
-        raise UserError(f"{path}: not finite, or sigma is not symmetric")
+        refuse(f"{path}: mu {tuple(mu.shape)} and sigma {tuple(sigma.shape)} should be (2048,) and "
+               "(2048, 2048)")
+    finite = mu.isfinite().all() and sigma.isfinite().all()
+    if not finite or not torch.allclose(sigma, sigma.T) or sigma.diagonal().min() < 0:
+        refuse(f"{path}: not finite, or sigma is no covariance")
     return Statistics(n, mu, sigma, None, weights)
 
 
@@ -405,8 +419,10 @@ def quality_parts(real, rng):
     return (real[:cut], deformed[:cut]), (real[cut:], deformed[cut:])
 
 
-def quality_index(real, fake, epochs, device):
-    """uint8 (N, C, 64, 64) -> mean output on the fakes; accuracy on held-out real and deformed."""
+def train_quality(real, epochs, device):
+    """uint8 (N, C, 64, 64) -> the network as a function: uint8 images -> its logits, in eval mode;
+    and its accuracy on held-out images, real and deformed.
+    """
     torch.manual_seed(0)
     train, test = quality_parts(real, np.random.default_rng(0))
     images = torch.cat(train)
@@ -415,171 +431,161 @@ def quality_index(real, fake, epochs, device):
     opt = torch.optim.Adam(net.parameters(), lr=1e-5)
     for epoch in range(1, epochs + 1):
         for batch in torch.randperm(len(images)).split(32):
-            logits = net(to_float(images[batch].to(device)))
+            logits = net(images[batch].to(device) / 127.5 - 1)
             loss = F.binary_cross_entropy_with_logits(logits, labels[batch].to(device))
             opt.zero_grad()
             loss.backward()
             opt.step()
-        progress(f"quality index: epoch {epoch}/{epochs}  loss {loss.item():.3f}", epoch == epochs)
-
+        print(f"quality index: epoch {epoch}/{epochs}  loss {loss.item():.3f}", flush=True)
     net.eval()
-    with torch.no_grad():
-        on_real, on_deformed, on_fake = (
-            torch.cat([net(to_float(x.to(device).expand(-1, 3, -1, -1))) for x in part.split(500)])
-            for part in (*test, fake)
-        )
-    accuracy = [share.float().mean().item() for share in (on_real < 0, on_deformed > 0)]
-    return on_fake.sigmoid().mean().item(), *accuracy
+
+    @torch.no_grad()
+    def logits(images):
+        return torch.cat([net(x.to(device).expand(-1, 3, -1, -1) / 127.5 - 1)
+                          for x in images.split(500)])
+
+    on_real, on_deformed = (logits(part) for part in test)
+    return logits, (on_real < 0).float().mean().item(), (on_deformed > 0).float().mean().item()
+
+
+def all_pictures(source):
+    """-> uint8 (N, C, H, W) of a source whose images are of one size; copies stay."""
+    return torch.stack([x for batch in source.batches for x in batch if torch.is_tensor(x)])
 
 
 def report_quality(args):
-    for name in (args.real, args.fake):
-        find_source(name, None)  # refuses what is not there, before anything is prepared
-    real, fake = (load_images(name, 64, args.root, args.split, at_least=4).images
-                  for name in (args.real, args.fake))
-    index, accuracy_real, accuracy_deformed = quality_index(real, fake, args.epochs, args.device)
-    n = min(len(real), 10_000)
-    result = {"quality_index": index, "accuracy_real": accuracy_real,
-              "accuracy_deformed": accuracy_deformed, "n_real": n, "n_fake": len(fake)}
-    line = (f"quality index {index:.3f}   held out: {accuracy_real:.1%} of real and "
+    """-> for every FAKE what is known of it, and the line that tells it."""
+    args.size = 64
+    sources = [open_source(name, args, args.n) for name in (args.real, *args.fake)]
+    real = all_pictures(sources[0])
+    logits, accuracy_real, accuracy_deformed = train_quality(real, args.epochs, args.device)
+    for source in sources[1:]:
+        fake = all_pictures(source)
+        index, n = logits(fake).sigmoid().mean().item(), min(len(real), 10_000)
+        result = {"fake": source.name, "quality_index": index, "accuracy_real": accuracy_real,
+                  "accuracy_deformed": accuracy_deformed, "n_real": n, "n_fake": len(fake)}
+        yield result, (
+            f"quality index {index:.3f}   held out: {accuracy_real:.1%} of real and "
             f"{accuracy_deformed:.1%} of deformed images told right   "
             f"(64 px, {args.epochs} epochs, {n} vs {len(fake)})")
-    return result, line
 
 
 # --- the command line -----------------------------------------------------------------------------
 
-Source = namedtuple("Source", "name kind content")  # what REAL or FAKE turned out to be
 
-
-def find_source(name, other):
-    """Look what a name stands for, without any work on it yet."""
-    if name in ("cartoon", *READERS):
-        # Fakes have the size that they were trained at, so real images get the same one.
-        folder = other and other not in ("cartoon", *READERS) and Path(other).is_dir()
-        pictures = (read_picture(file) for file in (list_images(other) if folder else []))
-        first = next((x for x in pictures if x is not None), None)
-        size = USUAL_SIZE.get(name, 64) if first is None else min(first.shape[1:])
-        return Source(name, "data set", size)
-    if Path(name).is_file():
-        if Path(name).suffix != ".npz":
-            raise UserError(f"{name} is a file, but not .npz with mu and sigma; give that, a "
-                            f"folder of images, or one of cartoon, {', '.join(READERS)}")
-        return Source(name, "statistics", load_statistics(name))
-    describe_folder(name)  # refuses what is no folder
-    files = list_images(name)
-    if len(files) < 2:
-        raise UserError(f"{name} has {len(files)} images in it; at least 2 are needed")
-    return Source(name, "folder", files)
-
-
-def score(args):
-    """-> everything that is known in the end, and the line that tells it."""
-    sources = [find_source(args.real, args.fake)]
-    sources += [find_source(args.fake, args.real)] if args.fake else []
+def report_score(args):
+    """-> for every FAKE what is known of it, and the line that tells it. REAL is measured once."""
+    fakes = [open_source(name, args) for name in args.fake]
+    usual = min(fakes[0].size or [0]) if fakes else None
+    real = open_source(args.real, args, args.n, usual)
+    saved = [s.batches for s in (real, *fakes) if isinstance(s.batches, Statistics)]
     net = weights = None
-    if any(source.kind != "statistics" for source in sources):
+    if len(saved) < 1 + len(fakes):
         net, weights = load_inception(args.weights, args.device)
-    marks = {weights, *(s.content.weights for s in sources if s.kind == "statistics")} - {None}
+    marks = {weights, *(s.weights for s in saved)} - {None}
     if len(marks) > 1:
-        raise UserError(f"statistics of different weights: {' and '.join(sorted(marks))}")
-    keep = args.kid and len(sources) == 2 and all(s.kind != "statistics" for s in sources)
-    found = [measure(source, args, net, weights, keep) for source in sources]
+        refuse(f"statistics of different weights: {' and '.join(sorted(marks))}")
+    found = measure(real, args, net, weights, args.kid and len(saved) < len(fakes) + 1)
     if args.save:
-        save_statistics(found[0], args.save)
-    if len(found) == 1:
-        return {"real": args.real, "n_real": found[0].n}, f"{found[0].n} images -> {args.save}"
-    return compare(*found, min(marks, default=PUBLISHED), args)
+        save_statistics(found, args.save)
+        print(f"{found.n} images -> {args.save}")
+    for source in fakes:
+        if source.size and real.size and source.size != real.size:
+            print(f"{SCRIPT}.py: warning: {real.name} is of {real.size[0]} x {real.size[1]} pixels,"
+                  f" {source.name} of {source.size[0]} x {source.size[1]}; --size makes them equal",
+                  file=sys.stderr)
+        keep = args.kid and found.features is not None
+        yield compare(real, found, source, measure(source, args, net, weights, keep),
+                      min(marks, default=PUBLISHED))
 
 
-def compare(real, fake, weights, args):
-    if min(s.n or 2048 for s in (real, fake)) < 2048:
+def compare(real, of_real, fake, of_fake, weights):
+    """Two Sources and their Statistics -> the scores, and the line that tells them."""
+    if min(s.n or 2048 for s in (of_real, of_fake)) < 2048:
         print(f"{SCRIPT}.py: warning: below 2,048 images FID comes out much too large; compare it "
               "only with one of as many images", file=sys.stderr)
     published = weights == PUBLISHED
     network = "inception-2015-12-05" if published else f"weights {weights}"
     fid_name, kid_name = ("FID", "KID") if published else ("FD", "KD")
-    distance = frechet_distance(real.mu, real.sigma, fake.mu, fake.sigma)
-    result = {"real": args.real, "fake": args.fake, "n_real": real.n, "n_fake": fake.n,
-              "network": network, "resize": "bilinear 299", fid_name: distance}
+    distance = frechet_distance(of_real.mu, of_real.sigma, of_fake.mu, of_fake.sigma)
+    size = "x".join(map(str, fake.size or real.size or "?"))
+    result = {"real": real.name, "fake": fake.name, "n_real": of_real.n, "n_fake": of_fake.n,
+              "size": size, "network": network, "resize": "bilinear 299", fid_name: distance}
     line = f"{fid_name}{'' if published else f' ({network})'} {distance:.2f}"
-    details = f"{network}, bilinear 299, {real.n or '?'} vs {fake.n or '?'}"
-    if real.features is not None:
-        subsets, size = kid_subsets(real.n, fake.n)
-        mean, std = kid(real.features, fake.features)
-        result |= {kid_name: mean, f"{kid_name}_std": std, "subsets": subsets, "subset_size": size}
+    details = f"{real.name}, {size}, {network}, {of_real.n or '?'} vs {of_fake.n or '?'}"
+    if of_real.features is not None and of_fake.features is not None:
+        subsets, n = kid_subsets(of_real.n, of_fake.n)
+        mean, std = kid(of_real.features, of_fake.features)
+        result |= {kid_name: mean, f"{kid_name}_std": std, "subsets": subsets, "subset_size": n}
         line += f"   {kid_name} {mean:.4f} +- {std:.4f}"
-        if size < 1000:
-            details += f", {kid_name} of {subsets} subset{'s' * (subsets > 1)} of {size}"
+        if n < 1000:
+            details += f", {kid_name} of {subsets} subset{'s' * (subsets > 1)} of {n}"
     return result, f"{line}   ({details})"
 
 
-def read_arguments(argv):
+def command_line(argv):
+    """-> the settings, checked before anything is computed."""
     parser = argparse.ArgumentParser(
-        f"{SCRIPT}.py", description=__doc__, allow_abbrev=False,
+        f"{SCRIPT}.py", argparse.SUPPRESS, __doc__, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = refuse
     add = parser.add_argument
-    sets = f"cartoon, {', '.join(READERS)}"
+    sets = ", ".join(SETS)
     add("real", metavar="REAL", help=f"a folder of images, statistics (.npz), or one of {sets}")
-    add("fake", metavar="FAKE", nargs="?", help="the same; --save can do without")
+    add("fake", metavar="FAKE", nargs="*", help="the same, one or more; --save can do without")
     add("--root", default="data", help="where data sets are, or are downloaded to (data)")
     add("--split", choices=["train", "test"], default="train", help="part of a data set (train)")
-    add("--size", type=number(int, 1),
-        help="pixels that a data set is prepared at (as the images it is compared with)")
+    add("--size", type=int, help="scale and crop all images to this, as for training (their own)")
+    add("--n", type=int, help="take only N images of REAL, at random")
     add("--weights", metavar="FILE", help="the network's weights (downloaded if not there)")
-    add("--batch", type=number(int, 1), default=32, help="images at a time (32)")
-    add("--device", help="cuda, mps or cpu; by default the first of them that is there")
+    add("--batch", type=int, default=32, help="images at a time (32)")
+    add("--device", default=torch.accelerator.current_accelerator(check_available=True) or "cpu",
+        help="cuda, mps or cpu; by default the first of them that is there")
     add("--no-kid", dest="kid", action="store_false",
         help="FID alone: memory then does not grow with the number of images")
     add("--save", metavar="FILE.npz", help="keep the statistics of REAL, also for pytorch-fid")
     add("--json", action="store_true", help="print the result as JSON, all else on stderr")
     add("--quality-index", action="store_true", help="that, instead of FID (see above)")
-    add("--epochs", type=number(int, 1), default=100, help="of the quality index's training (100)")
-    return parser.parse_args(argv)
-
-
-def check_arguments(args):
-    """Refuse what cannot work, before anything is computed."""
+    add("--epochs", type=int, default=100, help="of the quality index's training (100)")
+    args = parser.parse_args(argv)
+    for name in ("size", "n", "batch", "epochs"):
+        if (getattr(args, name) or 1) < 1 or getattr(args, name) == 0:
+            refuse(f"--{name} {getattr(args, name)}: not a number from 1 on")
     if not args.fake and (args.quality_index or not args.save):
-        raise UserError("FAKE is missing: what shall REAL be compared with?")
+        refuse("FAKE is missing: what shall REAL be compared with?")
     if args.quality_index and (args.save or args.weights):
-        raise UserError("--quality-index has no use for --save and --weights")
-    for name in (args.real, args.fake):
-        if args.quality_index and name.endswith(".npz"):
-            raise UserError(f"{name}: --quality-index needs images, not statistics")
+        refuse("--quality-index has no use for --save and --weights")
+    for name in (args.real, *args.fake):
+        if name not in SETS and not os.path.exists(name):
+            refuse(f"{name} is not there, and none of {sets}")
+        if os.path.isfile(name) and (args.quality_index or not name.endswith(".npz")):
+            refuse(f"{name} is a file; give a folder of images or, for FID, statistics (.npz)")
     if args.save:
-        if args.real.endswith(".npz"):
-            raise UserError(f"--save: {args.real} is saved statistics already")
         home = Path(args.save).absolute().parent
-        if not args.save.endswith(".npz") or Path(args.save).is_dir():
-            raise UserError(f"--save {args.save}: the name should end in .npz")
+        if args.real.endswith(".npz") or not args.save.endswith(".npz"):
+            refuse(f"--save {args.save}: images become a file that ends in .npz")
         if not home.is_dir() or not os.access(home, os.W_OK):
-            raise UserError(f"--save {args.save}: cannot write to {home}")
-    best = "mps" if torch.backends.mps.is_available() else "cpu"
-    best = "cuda" if torch.cuda.is_available() else best
+            refuse(f"--save {args.save}: cannot write to {home}")
     try:
-        args.device = torch.device(args.device or best)
+        args.device = torch.device(args.device)
         torch.zeros(1, device=args.device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {args.device} cannot be used: {error}") from error
+        refuse(f"--device {args.device} cannot be used: {error}")
+    return args
 
 
 def main(argv=None):
     """Run with these arguments; None means those of the shell."""
     try:
-        args = read_arguments(argv)
-        check_arguments(args)
+        args = command_line(argv)
         torch.backends.cudnn.allow_tf32 = False  # float32, not TF32, on a GPU too
         torch.backends.cudnn.benchmark = True
         with contextlib.redirect_stdout(sys.stderr if args.json else sys.stdout):
-            result, line = report_quality(args) if args.quality_index else score(args)
-        print(json.dumps(result) if args.json else line)
-    except (UserError, OSError) as error:
-        print(f"{SCRIPT}.py: {error}".splitlines()[0], file=sys.stderr)
-        sys.exit(2)
+            for result, line in (report_quality if args.quality_index else report_score)(args):
+                print(json.dumps(result) if args.json else line, file=sys.__stdout__)
+    except (OSError, MemoryError, torch.OutOfMemoryError) as error:
+        refuse(error)
     except KeyboardInterrupt:
-        sys.exit(f"{SCRIPT}.py: interrupted")
+        sys.exit(130)
 
 
 # --- data: the same text as in every training script from here on ---------------------------------
@@ -587,309 +593,194 @@ def main(argv=None):
 SCRIPT = Path(__file__).stem
 
 
-class UserError(Exception):
-    """Something the user can mend: main() prints its first line and exits with status 2."""
-
-
-def progress(line, last=False):
-    """On a terminal, a line that takes the place of the one before; elsewhere a line of its own."""
-    if sys.stdout.isatty():
-        line = "\r\x1b[K" + line[: shutil.get_terminal_size().columns - 1]
-    print(line, end="\n" if last or not sys.stdout.isatty() else "", flush=True)
+def refuse(message):
+    """For what the user can mend: one line on stderr, exit status 2. Raises SystemExit."""
+    print(f"{SCRIPT}.py: {message}".splitlines()[0], file=sys.stderr)
+    sys.exit(2)
 
 
 def save_file(content, path):
     """torch.save to a temporary name, then rename: at no moment is there half a file."""
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        torch.save(content, temporary)
+        with open(temporary, "wb") as file:
+            torch.save(content, file)
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch makes a RuntimeError of a full disk
-        raise UserError(f"cannot write {path} (disk full?): {error}") from error
+        refuse(f"cannot write {path} (disk full?): {error}")
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def load_file(path, mmap=False):
-    """torch.load to the CPU; raises UserError if the file is damaged."""
+    """torch.load to the CPU, of tensors, numbers and strings alone; refuses damaged files."""
     try:
+        if not mmap and zipfile.ZipFile(path).testzip():  # torch does not look at the checksums
+            raise ValueError("a checksum is wrong")
         return torch.load(path, map_location="cpu", mmap=mmap, weights_only=True)
     except Exception as error:  # there is nothing that a damaged file cannot raise
-        raise UserError(f"{path} is damaged: {error!r}") from error
+        refuse(f"{path} cannot be read: {error!r}")
 
+
+# Data: every set becomes one uint8 tensor, shuffled, kept in --root/prepared, read memory-mapped.
 
 Data = namedtuple("Data", "images labels names")  # (N, C, size, size) uint8; (N, K) 0 or 1; K names
-CARTOON = ["Blond_Hair", "Eyeglasses", "Mouth_Slightly_Open", "Smiling", "Wearing_Lipstick"]
+SETS = {"cartoon": 32, "mnist": 28, "fashion_mnist": 28, "cifar10": 32, "celeba": 64,
+        "lsun_church": 128}  # those with a name, and their usual sizes
 
 
-def to_float(pixels):
-    """[0, 255] -> [-1, 1]."""
-    return pixels / 127.5 - 1
-
-
-def load_images(name, size, root="data", split="train", at_least=1):
+def load_images(name, size, root="data", split="train"):
     """A data set by name, or a folder of images -> Data: size x size pixels, 1 or 3 channels.
 
-    split is "train" or "test"; a folder is always taken whole. Raises UserError if the data is not
-    found, cannot be used, or has fewer than at_least images.
+    split is "train" or "test"; a folder is always taken whole. The order is random, but always the
+    same; unreadable files and exact copies are left out, and counted.
     """
-    cache = stamp = None
-    if name == "cartoon":
-        data = draw_cartoons(2560, size, seed=split)
-    else:
-        key, stamp = (name, "") if name in READERS else describe_folder(name)
-        cache = Path(root) / "prepared" / f"{key}-{size}-{split}.pt"
-        saved = load_file(cache, mmap=True) if cache.exists() else {"stamp": None}
-        if saved["stamp"] == stamp:
-            data, cache = Data(*saved["data"]), None
-        else:
-            reader = READERS.get(name, read_folder)
-            data = prepare(name, size, *reader(name, size, Path(root), split))
-    if len(data.images) < at_least:
-        raise UserError(f"{name} has {len(data.images)} usable images; {at_least} are needed")
-    if cache:
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        save_file({"stamp": stamp, "data": tuple(data)}, cache)
-    return data
-
-
-def prepare(name, size, items, open_item, labels, names):
-    """Open, crop and scale all items on all cores, into one tensor -> Data. Tells what it skips."""
-    images = torch.empty(len(items), 3, size, size, dtype=torch.uint8)
-    kept, seen, unreadable, colour = [], set(), [], False
-    quiet = (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process
-    with multiprocessing.Pool(initializer=signal.signal, initargs=quiet) as pool:
-        decoded = pool.imap(functools.partial(decode, open_item, size), items, chunksize=32)
-        for i, pixels in enumerate(decoded):
-            if (i + 1) % (1000 if sys.stdout.isatty() else 50_000) == 0 or i + 1 == len(items):
-                progress(f"preparing {name}: {i + 1:,} of {len(items):,}", i + 1 == len(items))
-            if pixels is None:
-                unreadable.append(items[i])
-                continue
-            digest = i if name in READERS else hashlib.sha1(pixels).digest()  # published: keep all
-            if digest not in seen:
-                images.numpy()[len(kept)] = np.atleast_3d(pixels).transpose(2, 0, 1)
-                colour = colour or pixels.ndim == 3
-                kept.append(i)
-                seen.add(digest)
-    if unreadable:
-        print(f"left out, unreadable: {len(unreadable)}, the first is {unreadable[0]}")
-    if len(kept) + len(unreadable) < len(items):
-        print(f"left out, there already: {len(items) - len(kept) - len(unreadable)}")
-    images = images[: len(kept)] if colour else images[: len(kept), :1].clone()
-    return Data(images, torch.from_numpy(labels[kept]), names)
-
-
-def decode(open_item, size, item):
-    """One item as (size, size) or (size, size, 3) uint8; None if it cannot be read."""
+    if name not in SETS and not Path(name).is_dir():
+        refuse(f"--data {name} is no folder, and none of {', '.join(SETS)}")
     try:
-        return np.array(ImageOps.fit(open_item(item), (size, size), Image.Resampling.BILINEAR))
-    except Exception:  # Pillow raises almost anything at a broken file; prepare() counts them
-        return None
+        items, open_item, labels, names = find_images(name, size, Path(root), split)
+        times = [os.path.getmtime(item) for item in items if isinstance(item, str)]
+    except Exception as error:  # a damaged file or a download can raise anything
+        refuse(f"--data {name}: {error!r}. For celeba, unzip img_align_celeba.zip below --root and "
+               "put list_attr_celeba.txt or .csv there (https://mmlab.ie.cuhk.edu.hk/projects/CelebA"
+               ".html); for lsun_church, church_outdoor_train_lmdb.zip (http://dl.yf.io/lsun)")
+    stamp = hashlib.sha1(repr((items, names, times)).encode() + labels.tobytes()).hexdigest()
+    key = name if name in SETS else hashlib.sha1(bytes(Path(name).resolve())).hexdigest()[:16]
+    cache = Path(root) / "prepared" / f"{key}-{size}-{split}.pt"
+    if cache.exists() and load_file(cache, mmap=True)["stamp"] == stamp:
+        return Data(*load_file(cache, mmap=True)["data"])
+
+    def decode(i):
+        with contextlib.suppress(Exception):  # Pillow raises almost anything at a broken file
+            image = ImageOps.fit(open_item(items[i]), (size, size), Image.Resampling.BILINEAR)
+            return np.asarray(image.convert("RGB")).transpose(2, 0, 1)  # (3, size, size)
+
+    order = random.Random(0).sample(range(len(items)), len(items))  # the first 64: a fair sample
+    kept, seen, broken, channels, room = [], set(), [], 1, 6 * size**2 * len(items) / 1e9
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=cache.parent) as file, ThreadPool() as pool:
+        for n, (i, pixels) in enumerate(zip(order, pool.imap(decode, order, chunksize=16))):
+            if n % 10_000 == 0:
+                print(f"preparing {name}: {n:,} of {len(items):,}, {room:.2f} GB", flush=True)
+            if pixels is None:
+                broken.append(items[i])
+                continue
+            key = i if name in SETS else hash(pixels.tobytes())  # published sets keep their copies
+            if key not in seen:
+                seen.add(key)
+                kept.append(i)
+                file.write(pixels.tobytes())  # memory may be too small for all
+                channels = max(channels, 1 + 2 * (pixels != pixels[:1]).any())
+        if len(kept) < len(items):
+            copies = len(items) - len(kept) - len(broken)
+            print(f"left out: {copies} copies, {len(broken)} unreadable {broken[:1]}")
+        if len(kept) < 2:
+            refuse(f"{name} has {len(kept)} images that can be used")
+        images = np.memmap(file, np.uint8, "r+", shape=(len(kept), 3, size, size))[:, :channels]
+        data = torch.from_numpy(np.ascontiguousarray(images)), torch.from_numpy(labels[kept]), names
+        save_file({"stamp": stamp, "data": data}, cache)
+    return Data(*load_file(cache, mmap=True)["data"])
 
 
 def open_image(path):
-    """An image file as 8-bit grey ("L") or "RGB": upright, on white where it is transparent."""
+    """An image file as RGB: upright, on white where it is transparent."""
     with Image.open(path) as image:
-        grey = image.mode in ("1", "L", "LA") or image.mode[0] == "I"
         image = ImageOps.exif_transpose(image)
         if image.mode[0] == "I":  # 16 bits, which convert() would clip
             image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
         if image.has_transparency_data:
             white = Image.new("RGBA", image.size, "white")
             image = Image.alpha_composite(white, image.convert("RGBA"))
-        return image.convert("L" if grey else "RGB")
+        return image.convert("RGB")
 
 
-def read_torchvision(name, size, root, split):
-    """MNIST, Fashion-MNIST or CIFAR-10; torchvision downloads what is missing."""
-    kind = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "cifar10": "CIFAR10"}[name]
-    try:
+def find_images(name, size, root, split):
+    """-> items, a function that opens one, their labels (N, K) of 0 and 1, the K labels' names."""
+    if name == "cartoon":
+        names = ["Blond_Hair", "Eyeglasses", "Mouth_Slightly_Open", "Smiling", "Wearing_Lipstick"]
+        labels = np.random.RandomState(split == "test").randint(0, 2, (2560, 5), np.uint8)
+        return range(2560), lambda i: draw_face(f"{split} {i}", 4 * size, *labels[i]), labels, names
+    if name in ("mnist", "fashion_mnist", "cifar10"):
+        kind = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "cifar10": "CIFAR10"}[name]
         found = getattr(torchvision.datasets, kind)(root, train=split == "train", download=True)
-    except (OSError, RuntimeError) as error:
-        raise UserError(f"{name} is not in {root} and cannot be downloaded: {error}") from error
-    pixels = np.asarray(found.data)
-    if name != "cifar10" and size != 28:  # 28 px in a frame of 32: sharper than scaled
-        pixels = np.pad(pixels, ((0, 0), (2, 2), (2, 2)))
-    labels = np.eye(10, dtype=np.uint8)[np.asarray(found.targets)]
-    return pixels, Image.fromarray, labels, found.classes
-
-
-def find_celeba(root):
-    """-> (folder of faces, attribute table), in any of the layouts that CelebA comes in."""
-    places = [root, root / "celeba", root / "CelebA"]
-    nests = ["img_align_celeba/img_align_celeba", "img_align_celeba", "Img/img_align_celeba"]
-    files = ["list_attr_celeba.txt", "list_attr_celeba.csv", "Anno/list_attr_celeba.txt"]
-    problem = ""
-    for attempt in ("what is here", "what was downloaded"):
-        faces = [place / nest for place in places for nest in nests if (place / nest).is_dir()]
-        table = [place / file for place in places for file in files if (place / file).is_file()]
-        if faces and table:
-            return faces[0], table[0]
-        if not faces and not table and attempt == "what is here":
-            try:
-                torchvision.datasets.CelebA(root, split="all", download=True)
-            except Exception as error:  # gdown, urllib and zipfile fail in ways of their own
-                problem = f"; downloading it failed: {str(error).splitlines()[0]}"
-    raise UserError(
-        f"CelebA needs a folder img_align_celeba ({faces[0] if faces else 'not found'}) and "
-        f"list_attr_celeba.txt or .csv ({table[0] if table else 'not found'}) in {places[0]} or "
-        f"{places[1]}{problem}. Both are at https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html"
-    )
-
-
-def read_celeba(name, size, root, split):
-    """The centred 128x128 of the 178x218 faces (rows 45-173, columns 25-153), and 40 attributes.
-
-    Reads CelebA's .txt (a count, the names, then rows of -1 and 1) and Kaggle's .csv. "test" is
-    the official test part: the images from number 182,638 on.
-    """
-    faces, table = find_celeba(root)
-    with open(table, errors="replace") as file:
-        lines = filter(None, (line.replace(",", " ").split() for line in file))
-        names, rows = next(lines, [""]), {}
-        if len(names) == 1:
-            names = next(lines, [""])
-        names = names[1:] if names[0] == "image_id" else names
-        for image, *values in lines:
-            if len(values) != len(names) or not {"-1", "0", "1"}.issuperset(values):
-                raise UserError(f"{table}: the row of {image} is not {len(names)} times -1 or 1")
-            rows[image] = [value == "1" for value in values]
-    files = sorted(file for file in os.listdir(faces) if file.endswith((".jpg", ".png")))
-    if files != sorted(rows):
-        odd = min(set(files) ^ set(rows))
-        raise UserError(f"{len(files)} images in {faces}, {len(rows)} rows in {table}: see {odd}")
-    files = files[:182_637] if split == "train" else files[182_637:]
-    labels = np.array([rows[file] for file in files], dtype=np.uint8).reshape(-1, len(names))
-    return [faces / file for file in files], open_celeba, labels, names
-
-
-def open_celeba(path):
-    return open_image(path).crop((25, 45, 153, 173))
-
-
-def read_lsun(name, size, root, split):
-    """LSUN's church_outdoor: a folder of exported images, or the database (through lmdb)."""
-    name = "church_outdoor_" + ("train" if split == "train" else "val")
-    if (root / name).is_dir():
-        items, open_item = list_images(root / name), open_image
-    elif (root / f"{name}_lmdb").is_dir():
-        items, open_item = range(len(lsun(root, name))), functools.partial(open_lsun, root, name)
-        lsun.cache_clear()  # every process has to open the database by itself
-    else:
-        raise UserError(f"LSUN is not in {root}: unzip {name}_lmdb.zip (http://dl.yf.io/lsun) "
-                        f"there, or make a folder {name} of its images")
-    return items, open_item, np.zeros((len(items), 0), np.uint8), []
-
-
-@functools.cache
-def lsun(root, name):
-    try:
-        return torchvision.datasets.LSUN(str(root), classes=[name])
-    except ImportError as error:
-        raise UserError(f"{root}/{name}_lmdb can be read after: pip install lmdb") from error
-
-
-def open_lsun(root, name, i):
-    return lsun(root, name)[i][0]
-
-
-def describe_folder(name):
-    """-> what the prepared file is called, and a stamp that changes when any file does."""
+        pixels, labels = np.asarray(found.data), np.eye(10, dtype=np.uint8)[list(found.targets)]
+        if name != "cifar10" and size != 28:  # 28 px in a frame of 32: sharper than scaled
+            pixels = np.pad(pixels, ((0, 0), (2, 2), (2, 2)))
+        return range(len(pixels)), lambda i: Image.fromarray(pixels[i]), labels, found.classes
+    if name == "celeba":
+        if not any(root.rglob("list_attr_celeba.*")) and not any(root.rglob("img_align_celeba")):
+            torchvision.datasets.CelebA(root, split="all", download=True)
+        table = next(root.rglob("list_attr_celeba.*"))  # .txt: a count, names, rows; .csv: no count
+        text = table.read_text("utf-8-sig").replace(",", " ")
+        lines = [line.split() for line in text.splitlines()]
+        names = [name for name in max(lines[:2], key=len) if name != "image_id"]
+        rows = {line[0]: line[1:] for line in lines if line and line[0].endswith(".jpg")}
+        files = {Path(file).name: file for file in list_images(root) if "img_align_celeba" in file}
+        if files.keys() != rows.keys():
+            refuse(f"{len(files)} images in img_align_celeba, but {len(rows)} rows in {table}")
+        part = [file for file in sorted(rows) if (file < "182638") == (split == "train")]
+        labels = np.array([rows[file] for file in part], int).reshape(len(part), len(names)) == 1
+        face = (25, 45, 153, 173)  # the centred 128x128 of 178x218 pixels
+        return ([files[file] for file in part], lambda file: open_image(file).crop(face),
+                labels.astype(np.uint8), names)
     folder = Path(name).resolve()
-    if not folder.is_dir():
-        what = "is a file; give a folder" if folder.exists() else "is no folder and no data set"
-        raise UserError(f"{name} {what}. Data sets: cartoon, {', '.join(READERS)}")
-    facts = [(file, os.stat(file).st_size, os.stat(file).st_mtime) for file in list_images(name)]
-    path, stamp = (hashlib.sha1(repr(x).encode()).hexdigest() for x in (folder, facts))
-    return f"{folder.name}-{path[:8]}", stamp
-
-
-def list_images(folder):
-    """All files below the folder with an ending that Pillow can open, sorted."""
-    ours = {end for end, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    found = (os.path.join(top, file) for top, _, files in os.walk(folder) for file in files)
-    return sorted(file for file in found if os.path.splitext(file)[1].lower() in ours)
-
-
-def read_folder(name, size, root, split):
-    """A folder's images; the sub-folders right below it, if there are any, are the classes."""
-    files = list_images(name)
-    tops = [Path(file).relative_to(name).parts[:-1][:1] for file in files]  # ("cat",) or ()
-    names = sorted({top[0] for top in tops if top})
-    labels = np.array([[top == (label,) for label in names] for top in tops], dtype=np.uint8)
+    if name == "lsun_church":
+        folder = root.resolve() / f"church_outdoor_{'train' if split == 'train' else 'val'}"
+        if Path(f"{folder}_lmdb").exists():
+            found = torchvision.datasets.LSUN(str(root), classes=[folder.name])
+            return range(len(found)), lambda i: found[i][0], np.zeros((len(found), 0), np.uint8), []
+    files = list_images(folder)
+    tops = [file.split(os.sep)[len(folder.parts) : -1][:1] for file in files]  # ["cat"], or []
+    names = sorted({top[0] for top in tops if top and name not in SETS})
+    if names and [] in tops:
+        print(f"labels: {len(names)} sub-folders; {tops.count([])} images are in none of them")
+    labels = np.array([[top == [label] for label in names] for top in tops], np.uint8)
     return files, open_image, labels.reshape(len(files), len(names)), names
 
 
-def draw_cartoons(n, size, seed):
-    """n cartoon faces -> Data. One seed draws the same faces at any size."""
+def list_images(folder):
+    """All files below it that Pillow may open, sorted; not those of hidden folders and of runs."""
+    found = []
+    for top, folders, files in os.walk(os.path.realpath(folder, strict=True), onerror=refuse):
+        folders[:] = [name for name in folders if not name.startswith((".", "__"))
+                      and not os.path.exists(os.path.join(top, name, "checkpoint.pt"))]
+        found += [os.path.join(top, name) for name in files if not name.startswith(".")
+                  and os.path.splitext(name)[1].lower() in Image.registered_extensions()]
+    return sorted(filter(os.path.isfile, found))  # a link may dangle
+
+
+def draw_face(seed, side, blond, glasses, open_mouth, smiling, lipstick):
+    """A cartoon face with these attributes; place, shape and colours are random."""
     rng = random.Random(seed)
-    faces, labels = zip(*(draw_face(rng, size) for _ in range(n)))
-    images = torch.from_numpy(np.stack(faces)).permute(0, 3, 1, 2).contiguous()
-    return Data(images, torch.tensor(labels, dtype=torch.uint8), CARTOON)
-
-
-def draw_face(rng, size):
-    """One face (size, size, 3) uint8, drawn at four times the size, and its CARTOON attributes."""
-    blond, glasses, open_mouth, smiling, lipstick = has = [rng.random() < 0.5 for _ in CARTOON]
-    image = Image.new("RGB", (4 * size, 4 * size), tuple(rng.randrange(256) for _ in "RGB"))
-    pen, vary = ImageDraw.Draw(image), rng.uniform
+    vary, tan = rng.uniform, rng.random()
+    image = Image.new("RGB", (side, side), tuple(rng.randrange(256) for _ in "RGB"))
+    pen = ImageDraw.Draw(image)
     x, y, w, h = vary(0.46, 0.54), vary(0.5, 0.56), vary(0.27, 0.32), vary(0.34, 0.39)
 
-    def oval(u, v, ru, rv, fill, shape=pen.ellipse, **how):  # in units of the face
+    def oval(u, v, ru, rv, fill, start=0, end=360, outline=None):  # in units of the face
         box = x + w * (u - ru), y + h * (v - rv), x + w * (u + ru), y + h * (v + rv)
-        shape([4 * size * side for side in box], fill=fill, **how)
+        pen.chord([side * edge for edge in box], start, end, fill, outline, side // 50)
 
-    def shade(colour, factor):
-        return tuple(int(c * factor) for c in colour)
-
-    tan, line = rng.random(), 4 * size // 50
     skin = (int(248 - 110 * tan), int(212 - 120 * tan), int(180 - 125 * tan))
-    hair = shade((225, 180, 75) if blond else (60, 42, 32), vary(0.8, 1.1))
-    lips, lip = ((200, 20, 50), 0.1) if lipstick else (shade(skin, 0.65), 0.05)
+    shadow = tuple(int(0.7 * c) for c in skin)
+    hair = (rng.randint(190, 250), 180, 75) if blond else (rng.randint(40, 70), 42, 32)
     oval(0, -0.15, 1.22, vary(1.08, 1.2), hair)
     oval(0, 0.45, 1.22, vary(0.5, 0.9), hair)
     oval(0, 0, 1, 1, skin)
-    oval(0, 0, 1, 1, hair, pen.chord, start=210, end=330)  # a fringe
-    for side in (-0.42, 0.42):
-        oval(side, -0.12, 0.2, 0.13, "white")
-        oval(side, -0.12, 0.1, 0.11, "black")
+    oval(0, 0, 1, 1, hair, 210, 330)  # a fringe
+    oval(0, 0.18, 0.08, 0.1, shadow)  # a nose
+    for u in (-0.42, 0.42):
+        oval(u, -0.12, 0.2, 0.13, "white")
+        oval(u, -0.12, 0.1, 0.11, "black")
         if glasses:
-            oval(side, -0.12, 0.34, 0.27, None, outline="black", width=line)
-    oval(0, 0.18, 0.08, 0.1, shade(skin, 0.8))
+            oval(u, -0.12, 0.34, 0.27, None, outline="black")
+    v, ru, rv, end = (0.42, 0.42, 0.3, 180) if smiling else (0.56, 0.3, 0.2, 360)
+    lips, lip = ((200, 20, 50), 0.1) if lipstick else (shadow, 0.05)
+    oval(0, v, ru + lip * open_mouth, lip + (rv if open_mouth else 0.1 * smiling), lips, 0, end)
     if open_mouth:
-        half = {"shape": pen.chord, "start": 0, "end": 180} if smiling else {}
-        v, ru, rv = (0.42, 0.42, 0.3) if smiling else (0.56, 0.3, 0.2)
-        oval(0, v, ru + lip, rv + lip, lips, **half)
-        oval(0, v, ru, rv, (60, 10, 20), **half)
-    elif smiling:
-        oval(0, 0.3, 0.48, 0.34, lips, pen.arc, start=20, end=160, width=line * (1 + lipstick))
-    else:
-        oval(0, 0.57, 0.34, lip, lips)
-    return np.asarray(image.resize((size, size), Image.Resampling.LANCZOS)), has
-
-
-READERS = {"mnist": read_torchvision, "fashion_mnist": read_torchvision,
-           "cifar10": read_torchvision, "celeba": read_celeba, "lsun_church": read_lsun}
-USUAL_SIZE = {"cartoon": 32, "mnist": 28, "fashion_mnist": 28, "cifar10": 32, "lsun_church": 128}
-
-
-def number(kind, low, high=10**9):
-    """An argparse type: an int or float from low to high."""
-
-    def parse(text):
-        with contextlib.suppress(ValueError):
-            if low <= kind(text) <= high:
-                return kind(text)
-        what = "a whole number" if kind is int else "a number"
-        raise argparse.ArgumentTypeError(f"{text!r} is not {what} from {low} to {high}")
-
-    return parse
-
-
-def refuse(message):
-    """In place of argparse's own way out, which prints the usage too."""
-    raise UserError(message)
+        oval(0, v, ru, rv, (60, 10, 20), 0, end)
+    return image
 
 
 if __name__ == "__main__":

@@ -38,26 +38,25 @@ Differs from the paper:
 
 import argparse
 import contextlib
-import functools
 import hashlib
 import math
-import multiprocessing
 import os
 import random
-import shutil
 import signal
 import sys
+import tempfile
 import time
+import zipfile
 from collections import namedtuple
 from datetime import timedelta
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
 import torch
 import torchvision
 from PIL import Image, ImageDraw, ImageOps
-from torch import nn
-from torchvision.transforms.functional import to_pil_image
+from torch import distributed, nn
 from torchvision.utils import save_image
 
 # --- networks -------------------------------------------------------------------------------------
@@ -132,8 +131,8 @@ def train(args, data):
     channels = data.images.shape[1]
     G = Generator(channels, args.size).to(args.device)
     D = Discriminator(channels, args.size).to(args.device)
-    opt_G = torch.optim.Adam(G.parameters(), lr=args.lr, betas=(0.5, 0.999), fused=True)
-    opt_D = torch.optim.Adam(D.parameters(), lr=args.lr, betas=(0.5, 0.999), fused=True)
+    opt_G = torch.optim.Adam(G.parameters(), lr=args.lr, betas=(0.5, 0.999))
+    opt_D = torch.optim.Adam(D.parameters(), lr=args.lr, betas=(0.5, 0.999))
 
     def sample_z(n):
         return 2 * torch.rand(n, Z, device=args.device) - 1  # uniform in [-1, 1]
@@ -169,13 +168,16 @@ def train(args, data):
 
 
 # --- the same in every script from here on --------------------------------------------------------
-# What a run does (fit), its pictures, checkpoints and data; at the end the command line (main).
+# What a run does and leaves (fit), its files, the data, and the command line (main).
 
 SCRIPT = Path(__file__).stem
+RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun's
 
 
-class UserError(Exception):
-    """Something the user can mend: main() prints its first line and exits with status 2."""
+def refuse(message):
+    """For what the user can mend: one line on stderr, exit status 2. Raises SystemExit."""
+    print(f"{SCRIPT}.py: {message}".splitlines()[0], file=sys.stderr)
+    sys.exit(2)
 
 
 def fit(args, data, step, draw, parts, grid=None, measure=dict):
@@ -187,612 +189,414 @@ def fit(args, data, step, draw, parts, grid=None, measure=dict):
     grid()     what pictures show -> (rows, columns, C, size, size); by default 8 x 8 of draw()
     measure()  further columns -> {column: number}; by default none
     """
-    out, done, rows = Path(args.out), 0, []
-    grid = grid or (lambda: draw(64).unflatten(0, (8, 8)))
-    if args.resume or args.generate:
-        done, rows = load_checkpoint(args, parts)
+    restore(args, parts)
     if args.generate:
-        return generate(args, draw, parts)
-    total = args.steps or max(1, round(args.epochs * len(data.images) / args.batch))
-    args.epochs = total * args.batch / len(data.images)  # the checkpoint keeps it for --resume
+        return generate(args, draw, parts["G"])
+    batch, out = args.batch * RANKS, Path(args.out)  # batch: the images of all processes
+    done, rows = args.saved.get("step", 0), args.saved.get("rows", [])
+    total = args.steps or max(1, round(args.epochs * len(data.images) / batch))
+    args.epochs = total * batch / len(data.images)  # what --resume goes on to
     if done >= total:
-        raise UserError(f"this run has made its {done} steps: ask for more by --epochs or --steps")
-    log_every = min(100, math.ceil(total / 100))
-    picture_every = 5 * log_every
+        refuse(f"this run has made its {done} steps: ask for more by --epochs or --steps")
+    real = data.images[:64].to(args.device) / 127.5 - 1
+    if RANK == 0:
+        (out / "samples").mkdir(parents=True, exist_ok=bool(args.saved))  # nobody else's from now
+        save_image(real / 2 + 0.5, out / "real.png")
+    print(f"{total} steps of {batch} from {len(data.images):,} images on {args.device} -> {out}")
 
-    (out / "samples").mkdir(parents=True, exist_ok=True)
-    real = to_float(every_nth(data.images, 64).to(args.device))
-    save_grid(real.unflatten(0, (-1, 8 if len(real) % 8 == 0 else 1)), out / "real.png")
-    for name, net in networks(parts):
-        print(f"{name}: {sum(p.numel() for p in net.parameters()):,} parameters on {args.device}")
-    print(f"{total} steps of {args.batch} from {len(data.images):,} images -> {out}", flush=True)
-
-    sums, since, start = 0, done, time.perf_counter()
-    with catch_signals() as signals:
-        for now in range(done + 1, total + 1):
-            values = step()
-            sums = sums + torch.stack(list(values.values())).detach()
-            stop = len(signals) > 0
-            last = now == total or stop
-            if now % log_every == 0 or last:
-                means = (sums / (now - since)).tolist()  # over the steps since the last row
-                row = {"step": now, **dict(zip(values, means))}
-                with preview(args, parts):
-                    row["spread"] = (draw(64).std(0).mean() / real.std(0).mean()).item()
-                    row.update(measure())
-                row["images/s"] = (now - done) * args.batch / (time.perf_counter() - start)
-                sums, since = 0, now
-                report(row, rows, parts, (total - now) * args.batch, f"step {now}/{total}", last)
-                lines = [",".join(row), *(",".join(map(str, row.values())) for row in rows)]
-                (out / "losses.csv").write_text("\n".join(lines) + "\n")
-            if now % picture_every == 0 or last:
-                with preview(args, parts):
-                    save_grid(grid(), out / "samples" / f"{now:06}.png")
-                draw_curves(rows, out / "curves.png")
-                save_checkpoint(args, data, parts, now, rows)
-            if stop:
-                print(f"stopped at step {now}; to go on: python {SCRIPT}.py --resume --out {out}")
-                sys.exit(128 + signals[0])
-    animate(out / "samples", out / "training.gif")
+    signals, handlers = [], {}  # Ctrl-C and kill are noted, so that no step is cut in half
+    for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGINT)}:
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores a closed terminal
+            handlers[number] = signal.signal(number, lambda n, frame: signals.append(n))
+    every, since, sums, start = math.ceil(total / 100), done, 0, time.perf_counter()
+    for now in range(done + 1, total + 1):
+        # A step's random numbers follow from its number alone: --resume need not restore any.
+        torch.manual_seed(hash((args.seed, now, RANK)))
+        values = step()
+        sums = sums + torch.stack(list(values.values())).detach()
+        stop = on_any_process(max(signals, default=0))
+        if now % every == 0 or now == total or stop:
+            means = (sums / (now - since)).tolist()  # over the steps since the last row
+            sums, since = 0, now
+            with preview(args, parts["G"]):
+                fakes = draw(64)
+                spread = float(fakes.std(0).mean() / real.std(0).mean())
+                row = {"step": now, **dict(zip(values, means)), "spread": spread, **measure()}
+                picture = grid() if grid else fakes.unflatten(0, (8, 8))
+            rows.append(row | {"images/s": (now - done) * batch / (time.perf_counter() - start)})
+            if RANK == 0:
+                record(args, data, parts, rows, picture, total)
+        if stop:
+            print(f"stopped; to go on: python {SCRIPT}.py --resume --out {args.out!r}")
+            sys.exit(128 + stop)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
-def report(row, rows, parts, images_left, where, last):
-    """Print a row of losses.csv and add it to the others.
+def record(args, data, parts, rows, picture, total):
+    """Write what a run leaves: losses.csv, its curves, a picture, the GIF, the checkpoint.
 
-    Raises UserError if a number in it or a weight is NaN or infinite: the checkpoint is written
-    after this, so the last good one stays.
+    If a number is NaN or infinite, the run ends before, and the last good checkpoint stays.
     """
-    bad = [name for name, value in row.items() if not math.isfinite(value)]
-    for name, net in networks(parts):
-        bad += [name] * any(not p.isfinite().all() for p in net.parameters())
-    if bad:
-        raise UserError(f"{bad[0]} is no longer finite at {where}; a smaller --lr may help. "
-                        "The last good checkpoint, if there is one, is kept.")
-    left = timedelta(seconds=round(images_left / row["images/s"]))
-    numbers = "  ".join(f"{name} {value:.3g}" for name, value in list(row.items())[1:])
-    progress(f"{where}  {left} left  {numbers}", last)  # a narrow terminal cuts the end off
-    rows.append({name: round(value, 5) for name, value in row.items()})
-    if [r["step"] for r in rows if r["step"] >= 500 and r["spread"] < 0.1] == [row["step"]]:
-        progress("MODE COLLAPSE: all images look alike (their spread is below 0.1)", last=True)
+    out, names, row, now = Path(args.out), list(rows[-1]), rows[-1], rows[-1]["step"]
+    left = timedelta(seconds=round((total - now) * args.batch * RANKS / row["images/s"]))
+    line = "  ".join(f"{name} {value:.3g}" for name, value in row.items() if name != "step")
+    table = np.array([list(row.values()) for row in rows])
+    if not np.isfinite(table).all():
+        refuse(f"not finite at step {now}: {line}. A smaller --lr may help")
+    np.savetxt(out / "losses.csv", table, "%.8g", ",", header=",".join(names), comments="")
+    curves = Image.new("RGB", (640, 120 * len(names)), "white")
+    pen, x = ImageDraw.Draw(curves), np.interp(table[:, 0], table[[0, -1], 0], (5, 635))
+    for top, name, values in zip(range(0, curves.height, 120), names, table.T):
+        low, high = values.min(), values.max()
+        y = np.interp(values, (low, high), (top + 115, top + 25))
+        pen.line(np.stack((x, y), 1).ravel().tolist(), "navy", 2)
+        pen.text((5, top + 8), f"{name}: {low:.3g} to {high:.3g}, now {values[-1]:.3g}", "black")
+    curves.save(out / "curves.png")
+    file = out / "samples" / f"{now:06}.png"
+    save_image(picture.flatten(0, 1) / 2 + 0.5, file, nrow=picture.shape[1])
+    if now == total:
+        files = sorted(file.parent.glob("[0-9]*.png"))[::-2][::-1]  # every second, and the last
+        first, *others = (ImageOps.contain(Image.open(file), (600, 600)) for file in files)
+        first.save(out / "training.gif", save_all=True, append_images=others, loop=0, duration=150)
+    passing = {"resume", "generate", "device", "out", "steps", "saved"}
+    save_file({
+        "form": f"{SCRIPT} 2", "step": now, "rows": rows, "facts": (len(data.images), data.names),
+        "settings": {name: x for name, x in vars(args).items() if name not in passing},
+        "parts": {name: part.state_dict() for name, part in parts.items()},
+        # A few images and labels, so that --generate needs no data.
+        "data": (data.images[:64].cpu().clone(), data.labels[:50_000].cpu().clone(), data.names),
+    }, out / "checkpoint.pt")
+    print(f"step {now}/{total}  {left} left  {line}", flush=True)  # a closed pipe loses nothing now
+    if [row["step"] for row in rows if row["step"] >= 500 and row["spread"] < 0.1] == [now]:
+        print("MODE COLLAPSE: all images look alike (their spread is below 0.1)", flush=True)
 
 
-@contextlib.contextmanager
-def catch_signals():
-    """Ctrl-C and kill go into a list, so that no step is cut in half. The second time they cut."""
-    caught, numbers = [], (signal.SIGINT, signal.SIGTERM)
-
-    def catch(number, frame):
-        if caught:
-            raise KeyboardInterrupt
-        caught.append(number)
-
-    before = [signal.signal(number, catch) for number in numbers]
+def restore(args, parts):
+    """Put back what record() saved, if there is anything."""
     try:
-        yield caught
-    finally:
-        for number, handler in zip(numbers, before):
-            signal.signal(number, handler)
+        for name, part in parts.items() if args.saved else ():
+            part.load_state_dict(args.saved["parts"][name])
+    except Exception as error:  # there is nothing that foreign content cannot raise
+        refuse(f"the checkpoint does not fit these networks: {error}")
 
 
 @contextlib.contextmanager
-def preview(args, parts):
-    """Inside: eval mode, no gradients, every time the same random numbers. Outside, no trace."""
-    modes = [(net, net.training) for _, net in networks(parts)]
-    states = [(source, source.get_rng_state()) for source in random_sources(args.device)]
+def preview(args, G):
+    """Inside: G in eval mode, no gradients, the same random numbers every time."""
     torch.manual_seed(args.seed)
-    for net, _ in modes:
-        net.eval()
+    G.eval()
     with torch.no_grad():
         yield
-    for net, mode in modes:
-        net.train(mode)
-    for source, state in states:
-        source.set_rng_state(state)
+    G.train()
 
 
-def random_sources(device):
-    """The modules that keep a random state: torch for the CPU, torch.cuda or torch.mps."""
-    return [torch] if device.type == "cpu" else [torch, torch.get_device_module(device)]
-
-
-def networks(parts):
-    return [(name, part) for name, part in parts.items() if isinstance(part, nn.Module)]
-
-
-def progress(line, last=False):
-    """On a terminal, a line that takes the place of the one before; elsewhere a line of its own."""
-    if sys.stdout.isatty():
-        line = "\r\x1b[K" + line[: shutil.get_terminal_size().columns - 1]
-    print(line, end="\n" if last or not sys.stdout.isatty() else "", flush=True)
-
-
-# Pictures: pixels by one fixed rule from [-1, 1], never by a picture's own minimum and maximum.
-
-
-def save_grid(images, path):
-    """(rows, columns, C, size, size) in [-1, 1] -> one picture."""
-    columns = images.shape[1]
-    save_image(images.flatten(0, 1), path, nrow=columns, normalize=True, value_range=(-1, 1))
-
-
-def generate(args, draw, parts):
+def generate(args, draw, G):
     """--generate: numbered images, in place of those of an earlier call."""
     folder = Path(args.out) / "generated"
     folder.mkdir(exist_ok=True)
-    for old in folder.glob("*.png"):
-        old.unlink()
-    with preview(args, parts):
+    for old in folder.glob("[0-9][0-9][0-9][0-9][0-9]*.png"):
+        old.unlink(missing_ok=True)
+    with preview(args, G):
         for first in range(0, args.generate, 64):
-            images = draw(min(64, args.generate - first))
-            done = first + len(images)
-            pixels = ((images + 1) * 127.5).round().clamp(0, 255).byte().cpu()
-            for i, image in enumerate(pixels, first):
-                to_pil_image(image).save(folder / f"{i:05}.png")
-            progress(f"{done} of {args.generate} images in {folder}", last=done == args.generate)
+            for i, image in enumerate(draw(min(64, args.generate - first)) / 2 + 0.5, first):
+                save_image(image, folder / f"{i:05}.png")
+    print(f"{args.generate} images in {folder}")
 
 
-def draw_curves(rows, path):
-    """The columns of losses.csv over the steps, each in a chart from its lowest to its highest."""
-    names, steps = list(rows[0])[1:], [row["step"] for row in rows]
-    w, h, gap = 400, 120, 24
-    picture = Image.new("RGB", (2 * (w + gap) + gap, -(-len(names) // 2) * (h + 2 * gap)), "white")
-    pen = ImageDraw.Draw(picture)
-    for i, name in enumerate(names):
-        left, top = gap + i % 2 * (w + gap), gap + i // 2 * (h + 2 * gap)
-        values = [row[name] for row in rows]
-        low, high = min(values), max(values)
-        x = [left + w * (s - steps[0]) / max(1, steps[-1] - steps[0]) for s in steps]
-        y = [top + h * (high - value) / ((high - low) or 1) for value in values]
-        title = f"{name}: {low:.3g} to {high:.3g}, now {values[-1]:.3g}"
-        pen.rectangle((left, top, left + w, top + h), outline="lightgrey")
-        pen.line(list(zip(x, y)), fill="navy", width=2)
-        pen.text((left, top - 13), title, fill="black")
-        pen.text((left, top + h + 2), f"step {steps[0]} to {steps[-1]}", fill="grey")
-    picture.save(path)
+def average_gradients(optimiser, *_):
+    """Before an optimiser's step: its gradients become their mean over torchrun's processes."""
+    for group in optimiser.param_groups:
+        for p in group["params"]:
+            distributed.all_reduce(p.grad.div_(RANKS))
 
 
-def animate(folder, path):
-    """The pictures of the run as a GIF of at most 50 frames, the last one held."""
-    files = sorted(folder.glob("*.png"), key=lambda file: int(file.stem))
-    frames = [Image.open(file) for file in files[:: -math.ceil(len(files) / 50)][::-1]]
-    for frame in frames:
-        frame.thumbnail((640, 640))
-    milliseconds = [150] * (len(frames) - 1) + [2000]
-    frames[0].save(path, save_all=True, append_images=frames[1:], duration=milliseconds, loop=0)
-
-
-# Checkpoints: tensors, numbers and strings, nothing else, so that torch.load's safe default works.
-
-
-def save_checkpoint(args, data, parts, done, rows):
-    """All that it takes to go on. And a few images and labels: --generate then needs no data."""
-    passing = ("resume", "generate", "device", "out", "steps")
-    content = {
-        "script": SCRIPT,
-        "settings": {k: v for k, v in vars(args).items() if k not in passing},
-        "step": done,
-        "rows": rows,
-        "random": [source.get_rng_state() for source in random_sources(args.device)],
-        "parts": {name: part.state_dict() for name, part in parts.items()},
-        "data": (every_nth(data.images, 64).cpu().clone(),
-                 every_nth(data.labels, 50_000).cpu().clone(), data.names),
-    }
-    save_file(content, Path(args.out) / "checkpoint.pt")
-
-
-def load_checkpoint(args, parts):
-    """Put everything back as save_checkpoint() found it -> steps done, rows of losses.csv."""
-    saved = load_file(Path(args.out) / "checkpoint.pt")
-    try:
-        for name, part in parts.items():
-            part.load_state_dict(saved["parts"][name])
-    except (KeyError, ValueError, RuntimeError) as error:
-        raise UserError(f"checkpoint.pt does not fit these networks: {error}") from error
-    for source, state in zip(random_sources(args.device), saved["random"]):
-        source.set_rng_state(state)
-    return saved["step"], saved["rows"]
+def on_any_process(number=0):
+    """Wait for all processes -> the largest of their numbers."""
+    number = torch.tensor(number)
+    if distributed.is_initialized():
+        distributed.all_reduce(number, op=distributed.ReduceOp.MAX)
+    return number.item()
 
 
 def save_file(content, path):
     """torch.save to a temporary name, then rename: at no moment is there half a file."""
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        torch.save(content, temporary)
+        with open(temporary, "wb") as file:
+            torch.save(content, file)
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch makes a RuntimeError of a full disk
-        raise UserError(f"cannot write {path} (disk full?): {error}") from error
+        refuse(f"cannot write {path} (disk full?): {error}")
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def load_file(path, mmap=False):
-    """torch.load to the CPU; raises UserError if the file is damaged."""
+    """torch.load to the CPU, of tensors, numbers and strings alone; refuses damaged files."""
     try:
+        if not mmap and zipfile.ZipFile(path).testzip():  # torch does not look at the checksums
+            raise ValueError("a checksum is wrong")
         return torch.load(path, map_location="cpu", mmap=mmap, weights_only=True)
     except Exception as error:  # there is nothing that a damaged file cannot raise
-        raise UserError(f"{path} is damaged: {error!r}") from error
+        refuse(f"{path} cannot be read: {error!r}")
 
 
-# Data: every data set becomes one uint8 tensor, prepared once, kept in --root/prepared, and read
-# from there by memory-mapping.
+# Data: every set becomes one uint8 tensor, shuffled, kept in --root/prepared, read memory-mapped.
 
 Data = namedtuple("Data", "images labels names")  # (N, C, size, size) uint8; (N, K) 0 or 1; K names
-CARTOON = ["Blond_Hair", "Eyeglasses", "Mouth_Slightly_Open", "Smiling", "Wearing_Lipstick"]
+SETS = {"cartoon": 32, "mnist": 28, "fashion_mnist": 28, "cifar10": 32, "celeba": 64,
+        "lsun_church": 128}  # those with a name, and their usual sizes
 
 
 def sample_batch(data, n, device):
     """n random rows, with replacement -> images (n, C, size, size) in [-1, 1], labels (n, K)."""
     i = torch.randint(len(data.images), (n,), device=data.images.device)
-    return to_float(data.images[i].to(device)), data.labels[i].to(device).float()
+    return data.images[i].to(device) / 127.5 - 1, data.labels[i].to(device).float()
 
 
-def to_float(pixels):
-    """[0, 255] -> [-1, 1]."""
-    return pixels / 127.5 - 1
-
-
-def every_nth(rows, most):
-    """At most that many rows, evenly spread: a folder's are sorted by class."""
-    return rows[:: math.ceil(len(rows) / most)]
-
-
-def load_images(name, size, root="data", split="train", at_least=1):
+def load_images(name, size, root="data", split="train"):
     """A data set by name, or a folder of images -> Data: size x size pixels, 1 or 3 channels.
 
-    split is "train" or "test"; a folder is always taken whole. Raises UserError if the data is not
-    found, cannot be used, or has fewer than at_least images.
+    split is "train" or "test"; a folder is always taken whole. The order is random, but always the
+    same; unreadable files and exact copies are left out, and counted.
     """
-    cache = stamp = None
-    if name == "cartoon":
-        data = draw_cartoons(2560, size, seed=split)
-    else:
-        key, stamp = (name, "") if name in READERS else describe_folder(name)
-        cache = Path(root) / "prepared" / f"{key}-{size}-{split}.pt"
-        saved = load_file(cache, mmap=True) if cache.exists() else {"stamp": None}
-        if saved["stamp"] == stamp:
-            data, cache = Data(*saved["data"]), None
-        else:
-            reader = READERS.get(name, read_folder)
-            data = prepare(name, size, *reader(name, size, Path(root), split))
-    if len(data.images) < at_least:
-        raise UserError(f"{name} has {len(data.images)} usable images; {at_least} are needed")
-    if cache:
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        save_file({"stamp": stamp, "data": tuple(data)}, cache)
-    return data
-
-
-def prepare(name, size, items, open_item, labels, names):
-    """Open, crop and scale all items on all cores, into one tensor -> Data. Tells what it skips."""
-    images = torch.empty(len(items), 3, size, size, dtype=torch.uint8)
-    kept, seen, unreadable, colour = [], set(), [], False
-    quiet = (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process
-    with multiprocessing.Pool(initializer=signal.signal, initargs=quiet) as pool:
-        decoded = pool.imap(functools.partial(decode, open_item, size), items, chunksize=32)
-        for i, pixels in enumerate(decoded):
-            if (i + 1) % (1000 if sys.stdout.isatty() else 50_000) == 0 or i + 1 == len(items):
-                progress(f"preparing {name}: {i + 1:,} of {len(items):,}", i + 1 == len(items))
-            if pixels is None:
-                unreadable.append(items[i])
-                continue
-            digest = i if name in READERS else hashlib.sha1(pixels).digest()  # published: keep all
-            if digest not in seen:
-                images.numpy()[len(kept)] = np.atleast_3d(pixels).transpose(2, 0, 1)
-                colour = colour or pixels.ndim == 3
-                kept.append(i)
-                seen.add(digest)
-    if unreadable:
-        print(f"left out, unreadable: {len(unreadable)}, the first is {unreadable[0]}")
-    if len(kept) + len(unreadable) < len(items):
-        print(f"left out, there already: {len(items) - len(kept) - len(unreadable)}")
-    images = images[: len(kept)] if colour else images[: len(kept), :1].clone()
-    return Data(images, torch.from_numpy(labels[kept]), names)
-
-
-def decode(open_item, size, item):
-    """One item as (size, size) or (size, size, 3) uint8; None if it cannot be read."""
+    if name not in SETS and not Path(name).is_dir():
+        refuse(f"--data {name} is no folder, and none of {', '.join(SETS)}")
     try:
-        return np.array(ImageOps.fit(open_item(item), (size, size), Image.Resampling.BILINEAR))
-    except Exception:  # Pillow raises almost anything at a broken file; prepare() counts them
-        return None
+        items, open_item, labels, names = find_images(name, size, Path(root), split)
+        times = [os.path.getmtime(item) for item in items if isinstance(item, str)]
+    except Exception as error:  # a damaged file or a download can raise anything
+        refuse(f"--data {name}: {error!r}. For celeba, unzip img_align_celeba.zip below --root and "
+               "put list_attr_celeba.txt or .csv there (https://mmlab.ie.cuhk.edu.hk/projects/CelebA"
+               ".html); for lsun_church, church_outdoor_train_lmdb.zip (http://dl.yf.io/lsun)")
+    stamp = hashlib.sha1(repr((items, names, times)).encode() + labels.tobytes()).hexdigest()
+    key = name if name in SETS else hashlib.sha1(bytes(Path(name).resolve())).hexdigest()[:16]
+    cache = Path(root) / "prepared" / f"{key}-{size}-{split}.pt"
+    if cache.exists() and load_file(cache, mmap=True)["stamp"] == stamp:
+        return Data(*load_file(cache, mmap=True)["data"])
+
+    def decode(i):
+        with contextlib.suppress(Exception):  # Pillow raises almost anything at a broken file
+            image = ImageOps.fit(open_item(items[i]), (size, size), Image.Resampling.BILINEAR)
+            return np.asarray(image.convert("RGB")).transpose(2, 0, 1)  # (3, size, size)
+
+    order = random.Random(0).sample(range(len(items)), len(items))  # the first 64: a fair sample
+    kept, seen, broken, channels, room = [], set(), [], 1, 6 * size**2 * len(items) / 1e9
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=cache.parent) as file, ThreadPool() as pool:
+        for n, (i, pixels) in enumerate(zip(order, pool.imap(decode, order, chunksize=16))):
+            if n % 10_000 == 0:
+                print(f"preparing {name}: {n:,} of {len(items):,}, {room:.2f} GB", flush=True)
+            if pixels is None:
+                broken.append(items[i])
+                continue
+            key = i if name in SETS else hash(pixels.tobytes())  # published sets keep their copies
+            if key not in seen:
+                seen.add(key)
+                kept.append(i)
+                file.write(pixels.tobytes())  # memory may be too small for all
+                channels = max(channels, 1 + 2 * (pixels != pixels[:1]).any())
+        if len(kept) < len(items):
+            copies = len(items) - len(kept) - len(broken)
+            print(f"left out: {copies} copies, {len(broken)} unreadable {broken[:1]}")
+        if len(kept) < 2:
+            refuse(f"{name} has {len(kept)} images that can be used")
+        images = np.memmap(file, np.uint8, "r+", shape=(len(kept), 3, size, size))[:, :channels]
+        data = torch.from_numpy(np.ascontiguousarray(images)), torch.from_numpy(labels[kept]), names
+        save_file({"stamp": stamp, "data": data}, cache)
+    return Data(*load_file(cache, mmap=True)["data"])
 
 
 def open_image(path):
-    """An image file as 8-bit grey ("L") or "RGB": upright, on white where it is transparent."""
+    """An image file as RGB: upright, on white where it is transparent."""
     with Image.open(path) as image:
-        grey = image.mode in ("1", "L", "LA") or image.mode[0] == "I"
         image = ImageOps.exif_transpose(image)
         if image.mode[0] == "I":  # 16 bits, which convert() would clip
             image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
         if image.has_transparency_data:
             white = Image.new("RGBA", image.size, "white")
             image = Image.alpha_composite(white, image.convert("RGBA"))
-        return image.convert("L" if grey else "RGB")
+        return image.convert("RGB")
 
 
-# Readers: what prepare() needs of a data set, (items, function that opens one, labels, names).
-
-
-def read_torchvision(name, size, root, split):
-    """MNIST, Fashion-MNIST or CIFAR-10; torchvision downloads what is missing."""
-    kind = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "cifar10": "CIFAR10"}[name]
-    try:
+def find_images(name, size, root, split):
+    """-> items, a function that opens one, their labels (N, K) of 0 and 1, the K labels' names."""
+    if name == "cartoon":
+        names = ["Blond_Hair", "Eyeglasses", "Mouth_Slightly_Open", "Smiling", "Wearing_Lipstick"]
+        labels = np.random.RandomState(split == "test").randint(0, 2, (2560, 5), np.uint8)
+        return range(2560), lambda i: draw_face(f"{split} {i}", 4 * size, *labels[i]), labels, names
+    if name in ("mnist", "fashion_mnist", "cifar10"):
+        kind = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "cifar10": "CIFAR10"}[name]
         found = getattr(torchvision.datasets, kind)(root, train=split == "train", download=True)
-    except (OSError, RuntimeError) as error:
-        raise UserError(f"{name} is not in {root} and cannot be downloaded: {error}") from error
-    pixels = np.asarray(found.data)
-    if name != "cifar10" and size != 28:  # 28 px in a frame of 32: sharper than scaled
-        pixels = np.pad(pixels, ((0, 0), (2, 2), (2, 2)))
-    labels = np.eye(10, dtype=np.uint8)[np.asarray(found.targets)]
-    return pixels, Image.fromarray, labels, found.classes
-
-
-def find_celeba(root):
-    """-> (folder of faces, attribute table), in any of the layouts that CelebA comes in."""
-    places = [root, root / "celeba", root / "CelebA"]
-    nests = ["img_align_celeba/img_align_celeba", "img_align_celeba", "Img/img_align_celeba"]
-    files = ["list_attr_celeba.txt", "list_attr_celeba.csv", "Anno/list_attr_celeba.txt"]
-    problem = ""
-    for attempt in ("what is here", "what was downloaded"):
-        faces = [place / nest for place in places for nest in nests if (place / nest).is_dir()]
-        table = [place / file for place in places for file in files if (place / file).is_file()]
-        if faces and table:
-            return faces[0], table[0]
-        if not faces and not table and attempt == "what is here":
-            try:
-                torchvision.datasets.CelebA(root, split="all", download=True)
-            except Exception as error:  # gdown, urllib and zipfile fail in ways of their own
-                problem = f"; downloading it failed: {str(error).splitlines()[0]}"
-    raise UserError(
-        f"CelebA needs a folder img_align_celeba ({faces[0] if faces else 'not found'}) and "
-        f"list_attr_celeba.txt or .csv ({table[0] if table else 'not found'}) in {places[0]} or "
-        f"{places[1]}{problem}. Both are at https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html"
-    )
-
-
-def read_celeba(name, size, root, split):
-    """The centred 128x128 of the 178x218 faces (rows 45-173, columns 25-153), and 40 attributes.
-
-    Reads CelebA's .txt (a count, the names, then rows of -1 and 1) and Kaggle's .csv. "test" is
-    the official test part: the images from number 182,638 on.
-    """
-    faces, table = find_celeba(root)
-    with open(table, errors="replace") as file:
-        lines = filter(None, (line.replace(",", " ").split() for line in file))
-        names, rows = next(lines, [""]), {}
-        if len(names) == 1:
-            names = next(lines, [""])
-        names = names[1:] if names[0] == "image_id" else names
-        for image, *values in lines:
-            if len(values) != len(names) or not {"-1", "0", "1"}.issuperset(values):
-                raise UserError(f"{table}: the row of {image} is not {len(names)} times -1 or 1")
-            rows[image] = [value == "1" for value in values]
-    files = sorted(file for file in os.listdir(faces) if file.endswith((".jpg", ".png")))
-    if files != sorted(rows):
-        odd = min(set(files) ^ set(rows))
-        raise UserError(f"{len(files)} images in {faces}, {len(rows)} rows in {table}: see {odd}")
-    files = files[:182_637] if split == "train" else files[182_637:]
-    labels = np.array([rows[file] for file in files], dtype=np.uint8).reshape(-1, len(names))
-    return [faces / file for file in files], open_celeba, labels, names
-
-
-def open_celeba(path):
-    return open_image(path).crop((25, 45, 153, 173))
-
-
-def read_lsun(name, size, root, split):
-    """LSUN's church_outdoor: a folder of exported images, or the database (through lmdb)."""
-    name = "church_outdoor_" + ("train" if split == "train" else "val")
-    if (root / name).is_dir():
-        items, open_item = list_images(root / name), open_image
-    elif (root / f"{name}_lmdb").is_dir():
-        items, open_item = range(len(lsun(root, name))), functools.partial(open_lsun, root, name)
-        lsun.cache_clear()  # every process has to open the database by itself
-    else:
-        raise UserError(f"LSUN is not in {root}: unzip {name}_lmdb.zip (http://dl.yf.io/lsun) "
-                        f"there, or make a folder {name} of its images")
-    return items, open_item, np.zeros((len(items), 0), np.uint8), []
-
-
-@functools.cache
-def lsun(root, name):
-    try:
-        return torchvision.datasets.LSUN(str(root), classes=[name])
-    except ImportError as error:
-        raise UserError(f"{root}/{name}_lmdb can be read after: pip install lmdb") from error
-
-
-def open_lsun(root, name, i):
-    return lsun(root, name)[i][0]
-
-
-def describe_folder(name):
-    """-> what the prepared file is called, and a stamp that changes when any file does."""
+        pixels, labels = np.asarray(found.data), np.eye(10, dtype=np.uint8)[list(found.targets)]
+        if name != "cifar10" and size != 28:  # 28 px in a frame of 32: sharper than scaled
+            pixels = np.pad(pixels, ((0, 0), (2, 2), (2, 2)))
+        return range(len(pixels)), lambda i: Image.fromarray(pixels[i]), labels, found.classes
+    if name == "celeba":
+        if not any(root.rglob("list_attr_celeba.*")) and not any(root.rglob("img_align_celeba")):
+            torchvision.datasets.CelebA(root, split="all", download=True)
+        table = next(root.rglob("list_attr_celeba.*"))  # .txt: a count, names, rows; .csv: no count
+        text = table.read_text("utf-8-sig").replace(",", " ")
+        lines = [line.split() for line in text.splitlines()]
+        names = [name for name in max(lines[:2], key=len) if name != "image_id"]
+        rows = {line[0]: line[1:] for line in lines if line and line[0].endswith(".jpg")}
+        files = {Path(file).name: file for file in list_images(root) if "img_align_celeba" in file}
+        if files.keys() != rows.keys():
+            refuse(f"{len(files)} images in img_align_celeba, but {len(rows)} rows in {table}")
+        part = [file for file in sorted(rows) if (file < "182638") == (split == "train")]
+        labels = np.array([rows[file] for file in part], int).reshape(len(part), len(names)) == 1
+        face = (25, 45, 153, 173)  # the centred 128x128 of 178x218 pixels
+        return ([files[file] for file in part], lambda file: open_image(file).crop(face),
+                labels.astype(np.uint8), names)
     folder = Path(name).resolve()
-    if not folder.is_dir():
-        what = "is a file; give a folder" if folder.exists() else "is no folder and no data set"
-        raise UserError(f"{name} {what}. Data sets: cartoon, {', '.join(READERS)}")
-    facts = [(file, os.stat(file).st_size, os.stat(file).st_mtime) for file in list_images(name)]
-    path, stamp = (hashlib.sha1(repr(x).encode()).hexdigest() for x in (folder, facts))
-    return f"{folder.name}-{path[:8]}", stamp
-
-
-def list_images(folder):
-    """All files below the folder with an ending that Pillow can open, sorted."""
-    ours = {end for end, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    found = (os.path.join(top, file) for top, _, files in os.walk(folder) for file in files)
-    return sorted(file for file in found if os.path.splitext(file)[1].lower() in ours)
-
-
-def read_folder(name, size, root, split):
-    """A folder's images; the sub-folders right below it, if there are any, are the classes."""
-    files = list_images(name)
-    tops = [Path(file).relative_to(name).parts[:-1][:1] for file in files]  # ("cat",) or ()
-    names = sorted({top[0] for top in tops if top})
-    labels = np.array([[top == (label,) for label in names] for top in tops], dtype=np.uint8)
+    if name == "lsun_church":
+        folder = root.resolve() / f"church_outdoor_{'train' if split == 'train' else 'val'}"
+        if Path(f"{folder}_lmdb").exists():
+            found = torchvision.datasets.LSUN(str(root), classes=[folder.name])
+            return range(len(found)), lambda i: found[i][0], np.zeros((len(found), 0), np.uint8), []
+    files = list_images(folder)
+    tops = [file.split(os.sep)[len(folder.parts) : -1][:1] for file in files]  # ["cat"], or []
+    names = sorted({top[0] for top in tops if top and name not in SETS})
+    if names and [] in tops:
+        print(f"labels: {len(names)} sub-folders; {tops.count([])} images are in none of them")
+    labels = np.array([[top == [label] for label in names] for top in tops], np.uint8)
     return files, open_image, labels.reshape(len(files), len(names)), names
 
 
-def draw_cartoons(n, size, seed):
-    """n cartoon faces -> Data. One seed draws the same faces at any size."""
+def list_images(folder):
+    """All files below it that Pillow may open, sorted; not those of hidden folders and of runs."""
+    found = []
+    for top, folders, files in os.walk(os.path.realpath(folder, strict=True), onerror=refuse):
+        folders[:] = [name for name in folders if not name.startswith((".", "__"))
+                      and not os.path.exists(os.path.join(top, name, "checkpoint.pt"))]
+        found += [os.path.join(top, name) for name in files if not name.startswith(".")
+                  and os.path.splitext(name)[1].lower() in Image.registered_extensions()]
+    return sorted(filter(os.path.isfile, found))  # a link may dangle
+
+
+def draw_face(seed, side, blond, glasses, open_mouth, smiling, lipstick):
+    """A cartoon face with these attributes; place, shape and colours are random."""
     rng = random.Random(seed)
-    faces, labels = zip(*(draw_face(rng, size) for _ in range(n)))
-    images = torch.from_numpy(np.stack(faces)).permute(0, 3, 1, 2).contiguous()
-    return Data(images, torch.tensor(labels, dtype=torch.uint8), CARTOON)
-
-
-def draw_face(rng, size):
-    """One face (size, size, 3) uint8, drawn at four times the size, and its CARTOON attributes."""
-    blond, glasses, open_mouth, smiling, lipstick = has = [rng.random() < 0.5 for _ in CARTOON]
-    image = Image.new("RGB", (4 * size, 4 * size), tuple(rng.randrange(256) for _ in "RGB"))
-    pen, vary = ImageDraw.Draw(image), rng.uniform
+    vary, tan = rng.uniform, rng.random()
+    image = Image.new("RGB", (side, side), tuple(rng.randrange(256) for _ in "RGB"))
+    pen = ImageDraw.Draw(image)
     x, y, w, h = vary(0.46, 0.54), vary(0.5, 0.56), vary(0.27, 0.32), vary(0.34, 0.39)
 
-    def oval(u, v, ru, rv, fill, shape=pen.ellipse, **how):  # in units of the face
+    def oval(u, v, ru, rv, fill, start=0, end=360, outline=None):  # in units of the face
         box = x + w * (u - ru), y + h * (v - rv), x + w * (u + ru), y + h * (v + rv)
-        shape([4 * size * side for side in box], fill=fill, **how)
+        pen.chord([side * edge for edge in box], start, end, fill, outline, side // 50)
 
-    def shade(colour, factor):
-        return tuple(int(c * factor) for c in colour)
-
-    tan, line = rng.random(), 4 * size // 50
     skin = (int(248 - 110 * tan), int(212 - 120 * tan), int(180 - 125 * tan))
-    hair = shade((225, 180, 75) if blond else (60, 42, 32), vary(0.8, 1.1))
-    lips, lip = ((200, 20, 50), 0.1) if lipstick else (shade(skin, 0.65), 0.05)
+    shadow = tuple(int(0.7 * c) for c in skin)
+    hair = (rng.randint(190, 250), 180, 75) if blond else (rng.randint(40, 70), 42, 32)
     oval(0, -0.15, 1.22, vary(1.08, 1.2), hair)
     oval(0, 0.45, 1.22, vary(0.5, 0.9), hair)
     oval(0, 0, 1, 1, skin)
-    oval(0, 0, 1, 1, hair, pen.chord, start=210, end=330)  # a fringe
-    for side in (-0.42, 0.42):
-        oval(side, -0.12, 0.2, 0.13, "white")
-        oval(side, -0.12, 0.1, 0.11, "black")
+    oval(0, 0, 1, 1, hair, 210, 330)  # a fringe
+    oval(0, 0.18, 0.08, 0.1, shadow)  # a nose
+    for u in (-0.42, 0.42):
+        oval(u, -0.12, 0.2, 0.13, "white")
+        oval(u, -0.12, 0.1, 0.11, "black")
         if glasses:
-            oval(side, -0.12, 0.34, 0.27, None, outline="black", width=line)
-    oval(0, 0.18, 0.08, 0.1, shade(skin, 0.8))
+            oval(u, -0.12, 0.34, 0.27, None, outline="black")
+    v, ru, rv, end = (0.42, 0.42, 0.3, 180) if smiling else (0.56, 0.3, 0.2, 360)
+    lips, lip = ((200, 20, 50), 0.1) if lipstick else (shadow, 0.05)
+    oval(0, v, ru + lip * open_mouth, lip + (rv if open_mouth else 0.1 * smiling), lips, 0, end)
     if open_mouth:
-        half = {"shape": pen.chord, "start": 0, "end": 180} if smiling else {}
-        v, ru, rv = (0.42, 0.42, 0.3) if smiling else (0.56, 0.3, 0.2)
-        oval(0, v, ru + lip, rv + lip, lips, **half)
-        oval(0, v, ru, rv, (60, 10, 20), **half)
-    elif smiling:
-        oval(0, 0.3, 0.48, 0.34, lips, pen.arc, start=20, end=160, width=line * (1 + lipstick))
-    else:
-        oval(0, 0.57, 0.34, lip, lips)
-    return np.asarray(image.resize((size, size), Image.Resampling.LANCZOS)), has
-
-
-READERS = {"mnist": read_torchvision, "fashion_mnist": read_torchvision,
-           "cifar10": read_torchvision, "celeba": read_celeba, "lsun_church": read_lsun}
-USUAL_SIZE = {"cartoon": 32, "mnist": 28, "fashion_mnist": 28, "cifar10": 32, "lsun_church": 128}
-
-
-# The command line.
-
-
-def number(kind, low, high=10**9):
-    """An argparse type: an int or float from low to high."""
-
-    def parse(text):
-        with contextlib.suppress(ValueError):
-            if low <= kind(text) <= high:
-                return kind(text)
-        what = "a whole number" if kind is int else "a number"
-        raise argparse.ArgumentTypeError(f"{text!r} is not {what} from {low} to {high}")
-
-    return parse
-
-
-def refuse(message):
-    """In place of argparse's own way out, which prints the usage too."""
-    raise UserError(message)
+        oval(0, v, ru, rv, (60, 10, 20), 0, end)
+    return image
 
 
 def command_line(argv):
-    """-> the settings, checked, and the checkpoint they go on from (None for a new run)."""
+    """-> the settings, checked; args.saved is the checkpoint to go on from, empty for a new run."""
     parser = argparse.ArgumentParser(
-        f"{SCRIPT}.py", description=__doc__, allow_abbrev=False,
+        f"{SCRIPT}.py", argparse.SUPPRESS, __doc__, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = refuse
     add = parser.add_argument
-    add("--data", default="cartoon", help=f"cartoon, {', '.join(READERS)}, or a folder of images")
+    add("--data", default="cartoon", help=f"{', '.join(SETS)}, or a folder of images (cartoon)")
     add("--root", default="data", help="where data sets are, or are downloaded to (data)")
-    add("--size", type=number(int, 1), help="side of the images in pixels")
-    add("--epochs", type=number(float, 1e-9), help="passes over the data (%(default)s)")
-    add("--steps", type=number(int, 1), help="training steps, instead of --epochs")
-    add("--batch", type=number(int, 2), help="images in a step (%(default)s)")
-    add("--lr", type=number(float, 1e-12), help="learning rate (%(default)s)")
-    add("--seed", type=number(int, 0), default=0, help="where all random numbers start")
+    add("--size", type=int, choices=SIZES, help="side of the images in pixels")
+    add("--epochs", type=float, help="passes over the data (%(default)s)")
+    add("--steps", type=int, help="training steps, instead of --epochs")
+    add("--batch", type=int, help="images in a step (%(default)s)")
+    add("--lr", type=float, help="learning rate (%(default)s)")
+    add("--seed", type=int, default=0, help="where all random numbers start")
     add("--device", help="cuda, mps or cpu; by default the first of them that is there")
     add("--out", help="folder of the run, by default runs/SCRIPT-DATA")
     add("--resume", action="store_true", help="go on from the checkpoint in --out")
-    add("--generate", type=number(int, 1), metavar="N", help="draw N images from the checkpoint")
+    add("--generate", type=int, metavar="N", help="draw N images from the checkpoint")
     cartoon = options(parser)
     parser.epilog += " On cartoon:" + "".join(f" --{k} {v}" for k, v in cartoon.items())
 
     args = parser.parse_args(argv)
     if args.data == "cartoon":
         parser.set_defaults(**cartoon)
-    out = Path(args.out or f"runs/{SCRIPT}-{Path(args.data).resolve().name}")
-    checkpoint, saved = out / "checkpoint.pt", None
-    if args.resume or args.generate:
-        if not checkpoint.is_file():
-            raise UserError(f"there is no checkpoint {checkpoint}; --out names the folder of a run")
-        saved = load_file(checkpoint)
-        if not isinstance(saved, dict) or saved.get("script") != SCRIPT:
-            raise UserError(f"{checkpoint} was not written by {SCRIPT}.py")
+    out, saved = Path(args.out or f"runs/{SCRIPT}-{Path(args.data).resolve().name}"), {}
+    if args.resume or args.generate is not None:
+        saved = load_file(out / "checkpoint.pt")
+        if not isinstance(saved, dict) or saved.get("form") != f"{SCRIPT} 2":
+            refuse(f"{out} is a run of another script, or of an earlier version")
         parser.set_defaults(**saved["settings"])
-    elif checkpoint.exists():
-        raise UserError(f"{out} holds a run already: --resume it, or choose another --out")
-    parser.set_defaults(out=str(out))
+    elif (out / "samples").exists():
+        refuse(f"{out} holds a run already: --resume it, or choose another --out")
+    parser.set_defaults(out=str(out), saved=saved, processes=RANKS)
     args = parser.parse_args(argv)
-    return args, saved
-
-
-def check(args, saved):
-    """Fill in what was left open, and refuse what cannot work, before anything is written."""
-    if saved:
-        free = {"root", "epochs", *(["seed"] if args.generate else [])}
-        for name, value in saved["settings"].items():
-            if name not in free and value is not None and getattr(args, name) != value:
-                raise UserError(f"this run has --{name} {value}; for another, start another --out")
-    if args.size is None:
-        usual = USUAL_SIZE.get(args.data, 64)
-        args.size = min(SIZES, key=lambda size: abs(size - usual))
-    if args.size not in SIZES:
-        raise UserError(f"--size {args.size}: this script makes images of {SIZES} pixels")
-    out = Path(args.out).absolute()
-    home = next(place for place in (out, *out.parents) if place.exists())
-    if not home.is_dir() or not os.access(home, os.W_OK):
-        raise UserError(f"--out {args.out}: cannot write to {home}")
-    best = "mps" if torch.backends.mps.is_available() else "cpu"
-    best = "cuda" if torch.cuda.is_available() else best
+    for name, value in vars(args).items():
+        flag = "--" + name.replace("_", "-")
+        low = {"batch": 2, "seed": 0, "lr": 1e-12, "epochs": 1e-9}.get(name, type(value) is int)
+        if type(value) in (int, float) and not low <= value < math.inf:
+            refuse(f"{flag} {value}: not a number from {low:g} on")
+        before = saved.get("settings", {}).get(name, value)
+        if args.resume and value != before and name not in ("data", "root", "epochs"):
+            refuse(f"this run has {flag} {before}; for another, start another --out")
+    args.size = args.size or min(SIZES, key=lambda size: abs(size - SETS.get(args.data, 64)))
     try:
+        best = torch.accelerator.current_accelerator(check_available=True) or "cpu"
         args.device = torch.device(args.device or best)
-        torch.zeros(1, device=args.device)
+        if args.device.type == "cuda":
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", args.device.index or 0)))
+        torch.zeros(1, device=args.device).item()
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {args.device} cannot be used: {error}") from error
+        refuse(f"--device {args.device} cannot be used: {error}")
+    return args
+
+
+def get_data(args):
+    """Join the other processes, if torchrun started several -> the data, on the GPU if it fits."""
+    if RANKS > 1:
+        kinds = "cpu:gloo,cuda:nccl" if args.device.type == "cuda" else "gloo"
+        distributed.init_process_group(kinds, timeout=timedelta(hours=2))
+        torch.optim.optimizer.register_optimizer_step_pre_hook(average_gradients)
+    for turn in (True, False):  # the first process prepares the data, the others find them prepared
+        if turn == (RANK == 0):
+            data = load_images(args.data, args.size, args.root)
+        on_any_process()
+    if args.resume and (len(data.images), data.names) != args.saved["facts"]:
+        refuse(f"{args.data} has not the images, or not the labels, of this run")
+    if args.device.type == "cuda" and data.images.nbytes < torch.cuda.mem_get_info()[0] / 2:
+        data = Data(data.images.to(args.device), data.labels.to(args.device), data.names)
+    return data
 
 
 def main(argv=None):
     """Run with these arguments; None means those of the shell."""
+    if RANK > 0:
+        sys.stdout = open(os.devnull, "w")
     try:
-        args, saved = command_line(argv)
-        check(args, saved)
-        torch.manual_seed(args.seed)
-        if args.generate:
-            data = Data(*saved["data"])
-        else:
-            data = load_images(args.data, args.size, args.root, at_least=args.batch)
-        if args.device.type == "cuda":
-            torch.backends.cudnn.benchmark = True
-            if data.images.nbytes < torch.cuda.mem_get_info(args.device)[0] / 2:
-                data = Data(data.images.to(args.device), data.labels.to(args.device), data.names)
+        args = command_line(argv)
+        data = Data(*args.saved["data"]) if args.generate else get_data(args)
+        torch.backends.cudnn.benchmark = True
+        torch.manual_seed(hash(args.seed))  # the same first weights in all processes
         train(args, data)
-    except (UserError, OSError, torch.OutOfMemoryError) as error:
-        print(f"{SCRIPT}.py: {error}".splitlines()[0], file=sys.stderr)
-        sys.exit(2)
+    except (OSError, MemoryError, RuntimeError) as error:
+        # Of torch's own errors, too little memory and a lost process are not ours to mend.
+        if isinstance(error, RuntimeError) and "allocate" not in str(error) and RANKS == 1:
+            raise
+        refuse(error)
     except KeyboardInterrupt:
-        sys.exit(f"{SCRIPT}.py: interrupted")
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import HERE, call, load, step_of
+from conftest import HERE, call, cartoons, load, step_of
 from PIL import Image
 
 acgan = load(HERE / "acgan.py")
@@ -75,7 +75,7 @@ def test_aux_weighs_the_labels(monkeypatch):
     losses = {}
     for aux in (0, 1, 3):
         torch.manual_seed(0)
-        data = acgan.draw_cartoons(16, 16, seed=0)
+        data = cartoons(acgan, 16, 16)
         caught = step_of(acgan, monkeypatch, [*TINY, "--aux", aux, "--lr", 1e-12], data)
         head = caught["parts"]["D"].labels
         losses[aux] = {k: v.item() for k, v in caught["step"]().items()}
@@ -88,7 +88,7 @@ def test_aux_weighs_the_labels(monkeypatch):
 
 def test_each_image_is_judged_by_its_own_label(monkeypatch):
     """The labels compared with D's on fakes are those that G got; on reals, those of the data."""
-    data = acgan.draw_cartoons(16, 16, seed=0)
+    data = cartoons(acgan, 16, 16)
     caught = step_of(acgan, monkeypatch, TINY, data)
     given, compared = [], []
     caught["parts"]["G"].register_forward_hook(lambda net, inputs, made: given.append(inputs[1]))
@@ -105,13 +105,13 @@ def test_each_image_is_judged_by_its_own_label(monkeypatch):
 
 def test_grid_and_guess(monkeypatch):
     """Attributes: a column without any, then one each. Classes: one each."""
-    many = acgan.draw_cartoons(16, 16, seed=0)
+    many = cartoons(acgan, 16, 16)
     one = acgan.Data(many.images, torch.eye(4, dtype=torch.uint8)[[0] * 7 + [1] * 9], list("abcd"))
     seen = []
     for data, columns, guess in ((many, 6, None), (one, 4, 9 / 16)):
         caught = step_of(acgan, monkeypatch, TINY, data)
         caught["parts"]["G"].register_forward_hook(lambda net, given, made: seen.append(given))
-        with acgan.preview(caught["args"], caught["parts"]):
+        with acgan.preview(caught["args"], caught["parts"]["G"]):
             assert caught["grid"]().shape == (8, columns, 3, 16, 16)
         z, y = (x.unflatten(0, (8, columns)) for x in seen.pop())
         assert torch.equal(z, z[:, :1].expand_as(z)) and not torch.equal(z[0], z[1])
@@ -133,7 +133,7 @@ def test_attributes_choose_what_is_drawn(tmp_path, monkeypatch, capsys):
     assert torch.equal(seen.pop(), torch.tensor([[1.0, 0, 0, 1, 0]]).expand(5, 5))
     chosen = np.asarray(Image.open("run/generated/00000.png"))
     assert call(acgan, *generate) == 0
-    rows = {tuple(row.tolist()) for row in acgan.draw_cartoons(2560, 16, "train").labels}
+    rows = {tuple(row.tolist()) for row in cartoons(acgan, 2560, 16).labels}
     assert {tuple(row.int().tolist()) for row in seen.pop()} <= rows
     assert not np.array_equal(chosen, np.asarray(Image.open("run/generated/00000.png")))
     capsys.readouterr()

@@ -4,13 +4,17 @@ import shutil
 
 import pytest
 import torch
-from conftest import HERE, call, shell, tree
+from conftest import DATA, HERE, call, load, shell, tree
 from PIL import Image
+
+dcgan = load(HERE / "dcgan.py")  # this part is the same text in every script
+TINY = ["--size", 16, "--batch", 8, "--width", 8, "--device", "cpu", "--root", DATA]
 
 
 @pytest.fixture
-def desk(alone, module, script, tiny, capsys):
+def desk(tmp_path, monkeypatch, capsys):
     """A folder with the things that the table below names, and a finished run in runs/old."""
+    monkeypatch.chdir(alone := tmp_path)
     (alone / "empty").mkdir()
     (alone / "words").mkdir()
     (alone / "words" / "a.txt").write_text("no image")
@@ -22,14 +26,14 @@ def desk(alone, module, script, tiny, capsys):
         Image.new("RGB", (20, 20), (60 * i, 0, 0)).save(alone / "few" / f"{i}.png")
     (alone / "celeba" / "img_align_celeba").mkdir(parents=True)
     Image.new("RGB", (178, 218)).save(alone / "celeba" / "img_align_celeba" / "000001.jpg")
-    assert call(module, "--steps", 1, *tiny, "--out", "old") == 0
+    assert call(dcgan, *TINY, "--steps", 1, "--out", "old") == 0
     whole = (alone / "old" / "checkpoint.pt").read_bytes()
     for name, content in [("cut", whole[: len(whole) // 2]), ("text", b"hello"), ("void", b"")]:
         (alone / name).mkdir()
         (alone / name / "checkpoint.pt").write_bytes(content)
     saved = torch.load(alone / "old" / "checkpoint.pt")
     (alone / "foreign").mkdir()
-    torch.save({**saved, "script": "other"}, alone / "foreign" / "checkpoint.pt")
+    torch.save({**saved, "form": "other 2"}, alone / "foreign" / "checkpoint.pt")
     (alone / "misfit").mkdir()
     saved["parts"]["G"] = {"nothing": torch.zeros(1)}
     torch.save(saved, alone / "misfit" / "checkpoint.pt")
@@ -40,21 +44,18 @@ def desk(alone, module, script, tiny, capsys):
 
 
 TABLE = [
-    ("--data nothing", "nothing is no folder and no data set. Data sets: cartoon, mnist"),
+    ("--data nothing", "nothing is no folder, and none of cartoon, mnist"),
     ("--data no/such/folder", "no folder"),
     ("--data empty", "empty"),
     ("--data words", "words"),
     ("--data broken", "broken"),
-    ("--data file", "file is a file"),
+    ("--data file", "file is no folder"),
     ("--data celeba --root .", "list_attr_celeba.txt"),
-    ("--data few --batch 5", "4 usable images; 5 are needed"),
     ("--data lsun_church --root empty", "church_outdoor_train_lmdb"),
-    ("--size 33", "--size 33"),
-    ("--size 8", "--size 8"),
-    ("--size 0", "--size"),
+    ("--size 33", "--size"),
+    ("--size 8", "--size"),
     ("--size -64", "--size"),
     ("--size big", "--size"),
-    ("--batch 5000", "2560 usable images; 5000 are needed"),
     ("--batch 1", "--batch"),
     ("--batch 0", "--batch"),
     ("--batch -4", "--batch"),
@@ -74,33 +75,34 @@ TABLE = [
     ("--colour red", "--colour"),
     ("--batch", "--batch"),
     ("extra", "extra"),
-    ("--out file", "file"),
-    ("--out file/below", "file"),
+    ("--out file --steps 1", "file"),
     ("--out old", "old holds a run already"),
-    ("--resume", "there is no checkpoint"),
-    ("--generate 4", "there is no checkpoint"),
+    ("--resume", "checkpoint.pt cannot be read"),
+    ("--generate 4", "checkpoint.pt cannot be read"),
     ("--generate 0 --out old", "--generate"),
     ("--generate -1 --out old", "--generate"),
-    ("--resume --out empty", "there is no checkpoint"),
-    ("--resume --out cut", "cut/checkpoint.pt is damaged"),
-    ("--resume --out text", "text/checkpoint.pt is damaged"),
-    ("--resume --out void", "void/checkpoint.pt is damaged"),
-    ("--resume --out strange", "strange/checkpoint.pt was not written by"),
-    ("--generate 4 --out cut", "cut/checkpoint.pt is damaged"),
-    ("--resume --out foreign", "foreign/checkpoint.pt was not written by"),
+    ("--resume --out empty", "empty/checkpoint.pt cannot be read"),
+    ("--resume --out cut", "cut/checkpoint.pt cannot be read"),
+    ("--resume --out text", "text/checkpoint.pt cannot be read"),
+    ("--resume --out void", "void/checkpoint.pt cannot be read"),
+    ("--resume --out strange", "strange is a run of another script"),
+    ("--generate 4 --out cut", "cut/checkpoint.pt cannot be read"),
+    ("--resume --out foreign", "foreign is a run of another script"),
     ("--resume --out misfit --steps 2", "does not fit"),
     ("--resume --out old --steps 2 --size 128", "this run has --size"),
-    ("--resume --out old --steps 2 --data mnist", "this run has --data cartoon"),
+    ("--resume --out old --steps 2 --seed 3", "this run has --seed 0"),
+    ("--resume --out old --steps 2 --data few", "not the images"),
     ("--resume --out old --steps 1", "--steps"),
 ]
 
 
-def test_one_line_status_two_nothing_written(module, script, desk, capsys):
+def test_one_line_status_two_nothing_written(desk, capsys):
     before, wrong = tree(desk), []
     for flags, expected in TABLE:
-        status = call(module, *flags.split())
+        shared = [] if "--root" in flags or "old" in flags else ["--root", DATA]
+        status = call(dcgan, *flags.split(), *shared)
         error = capsys.readouterr().err
-        shown = error.removeprefix(f"{script}.py: ")
+        shown = error.removeprefix("dcgan.py: ")
         if status != 2 or error.count("\n") != 1 or expected not in shown or error == shown:
             wrong.append((flags, status, error))
         if tree(desk) != before:
@@ -116,16 +118,3 @@ def test_from_the_shell(tmp_path):
         done = shell("dcgan.py", *flags, cwd=tmp_path)
         assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["dcgan.py"]
-
-
-def test_a_folder_that_cannot_be_written_to(module, script, alone, tiny, capsys, monkeypatch):
-    """(root may write anywhere, so the answer of the system is made up.)"""
-    real = module.os.access
-    (alone / "locked").mkdir()
-    monkeypatch.setattr(
-        module.os, "access", lambda path, mode: "locked" not in str(path) and real(path, mode)
-    )
-    before = tree(alone)
-    assert call(module, *tiny, "--out", "locked/run") == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "locked" in error and tree(alone) == before

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import HERE, call, load, step_of
+from conftest import HERE, call, cartoons, load, step_of
 from PIL import Image
 
 cgan = load(HERE / "cgan.py")
@@ -66,11 +66,11 @@ def test_every_image_goes_with_its_label(monkeypatch, tested):
 
 
 def test_the_grid_has_a_column_a_class_and_a_z_a_row(monkeypatch):
-    data = cgan.draw_cartoons(16, 16, seed=0)
+    data = cartoons(cgan, 16, 16)
     caught = step_of(cgan, monkeypatch, ["--batch", 8, "--size", 16, "--device", "cpu"], data)
     seen = []
     caught["parts"]["G"].register_forward_hook(lambda net, given, made: seen.append(given))
-    with cgan.preview(caught["args"], caught["parts"]):
+    with cgan.preview(caught["args"], caught["parts"]["G"]):
         images = caught["grid"]()
     z, y = (x.unflatten(0, (8, 5)) for x in seen[0])
     assert images.shape == (8, 5, 3, 16, 16)
@@ -79,7 +79,7 @@ def test_the_grid_has_a_column_a_class_and_a_z_a_row(monkeypatch):
 
 
 def test_labels_drawn_are_rows_of_the_data():
-    data = cgan.draw_cartoons(6, 16, seed=0)
+    data = cartoons(cgan, 6, 16)
     rows = {tuple(row.tolist()) for row in data.labels}
     drawn = cgan.sample_labels(data, 50, "cpu")
     assert drawn.dtype == torch.float32 and {tuple(row.int().tolist()) for row in drawn} == rows

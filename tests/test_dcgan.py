@@ -4,14 +4,14 @@ import math
 
 import pytest
 import torch
-from conftest import HERE, call, load, step_of
+from conftest import HERE, call, cartoons, load, step_of
 from torch import nn
 
 dcgan = load(HERE / "dcgan.py")
 
 
 def faces(n=16, size=16):
-    return dcgan.draw_cartoons(n, size, seed="test")
+    return cartoons(dcgan, n, size)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import HERE, call, load, step_of
+from conftest import HERE, call, cartoons, load, step_of
 
 ebgan = load(HERE / "ebgan.py")
 
@@ -76,7 +76,7 @@ def test_the_gradient_runs_through_both_sides_of_the_reconstruction():
 
 
 def build(monkeypatch, *flags):
-    data = ebgan.draw_cartoons(16, 16, "test")
+    data = cartoons(ebgan, 16, 16)
     return step_of(ebgan, monkeypatch, ["--size", 16, "--batch", 4, "--width", 4, *flags], data)
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import HERE, call, load, step_of
+from conftest import HERE, call, cartoons, load, nets, step_of
 
 egan = load(HERE / "egan.py")
 TINY = ["--size", 16, "--batch", 8, "--width", 8, "--device", "cpu"]
@@ -74,50 +74,50 @@ def test_losses_by_hand():
                                    [*CNN, "joint"]])
 def test_who_changes_when(monkeypatch, flags):
     """G's steps reach G through F. F changes in its own step alone, and only on real images."""
-    data = egan.draw_cartoons(16, 16, seed=0)
+    data = cartoons(egan, 16, 16)
     caught = step_of(egan, monkeypatch, [*TINY, "--steps", 2, *flags], data)
     parts, seen = caught["parts"], []
     assert ("F" in parts) == (flags[0:2] == CNN[0:2])
     if "F" in parts:
         parts["F"].register_forward_hook(
             lambda net, images, out: seen.append((net.training, images[0].detach().clone())))
-    before = {name: [p.clone() for p in net.parameters()] for name, net in egan.networks(parts)}
+    before = {name: [p.clone() for p in net.parameters()] for name, net in nets(parts)}
     counts = {name: 0 for name in ("opt_G", "opt_D", "opt_F")}
     for name in counts.keys() & parts.keys():
         parts[name].register_step_post_hook(
             lambda *_, name=name: counts.update({name: counts[name] + 1}))
     logged = caught["step"]()
     moved = {name: any(not torch.equal(a, b) for a, b in zip(before[name], net.parameters()))
-             for name, net in egan.networks(parts)}
+             for name, net in nets(parts)}
     joint = flags[-1] == "joint"
     assert counts == {"opt_G": 2, "opt_D": 1, "opt_F": int(joint)}
     assert moved["G"] and moved["D"] and moved.get("F", False) == joint
     assert ("loss_F" in logged) == joint
     if "F" in parts:
-        real = {row.tobytes() for row in egan.to_float(data.images).numpy()}
+        real = {row.tobytes() for row in (data.images / 127.5 - 1).numpy()}
         for training, images in seen:
             assert training == all(image.tobytes() in real for image in images.numpy())
         assert [training for training, _ in seen] == [True] * joint + [False] * 2
 
 
 def test_pretraining_teaches_the_extractor(monkeypatch):
-    data = egan.draw_cartoons(256, 16, seed=0)
+    data = cartoons(egan, 256, 16)
     flags = [*TINY, "--lr", 1e-3, "--steps", 200, "--attribute", "Blond_Hair"]
     caught = step_of(egan, monkeypatch, flags, data)
     F = caught["parts"]["F"]
     assert not F.training
-    readings = F(egan.to_float(data.images)).sigmoid()
+    readings = F(data.images / 127.5 - 1).sigmoid()
     assert ((readings > 0.5) == (data.labels[:, 0] > 0)).float().mean() > 0.95
     assert readings.max() < 0.99  # the targets are 0.9 and 0.1
 
 
 def test_g_feels_the_extractor(monkeypatch):
     """With little but l_rep in L_G, a hundred steps make c = 1 much brighter than c = 0."""
-    data = egan.draw_cartoons(64, 16, seed=0)
+    data = cartoons(egan, 64, 16)
     caught = step_of(egan, monkeypatch, [*TINY, "--lr", 1e-3, "--rep", 1000], data)
     for _ in range(100):
         caught["step"]()
-    with egan.preview(caught["args"], caught["parts"]):
+    with egan.preview(caught["args"], caught["parts"]["G"]):
         numbers = caught["measure"]()
     assert list(numbers) == ["F(c=0)", "F(c=1)", "F(c=2)"]
     assert numbers["F(c=1)"] > numbers["F(c=0)"] + 0.2
@@ -126,16 +126,16 @@ def test_g_feels_the_extractor(monkeypatch):
 @pytest.mark.parametrize(("flags", "rep"), [
     ([], 20), ([*CNN, "joint"], 5), (["--rep", 3], 3), (["--data", "faces"], 1)])
 def test_rep_depends_on_data_and_attribute(monkeypatch, flags, rep):
-    data = egan.draw_cartoons(16, 16, seed=0)
+    data = cartoons(egan, 16, 16)
     assert step_of(egan, monkeypatch, [*TINY, *flags], data)["args"].rep == rep
 
 
 def test_grid_sweeps_c_alone_and_draws_the_readings(monkeypatch):
-    data = egan.draw_cartoons(16, 16, seed=0)
+    data = cartoons(egan, 16, 16)
     caught = step_of(egan, monkeypatch, [*TINY, "--sweep", 4], data)
     seen = []
     caught["parts"]["G"].register_forward_hook(lambda net, given, made: seen.append(given[0]))
-    with egan.preview(caught["args"], caught["parts"]):
+    with egan.preview(caught["args"], caught["parts"]["G"]):
         images = caught["grid"]()
     assert images.shape == (9, 9, 3, 16, 16)
     w = seen[0].unflatten(0, (8, 9))
@@ -147,7 +147,7 @@ def test_grid_sweeps_c_alone_and_draws_the_readings(monkeypatch):
 
 
 def test_c_is_zero_or_one_in_training(monkeypatch):
-    data = egan.draw_cartoons(16, 16, seed=0)
+    data = cartoons(egan, 16, 16)
     caught = step_of(egan, monkeypatch, [*TINY, "--batch", 64], data)
     seen = []
     caught["parts"]["G"].register_forward_hook(lambda net, given, made: seen.append(given[0]))

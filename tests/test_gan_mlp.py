@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import HERE, load, step_of
+from conftest import HERE, cartoons, load, step_of
 
 gan = load(HERE / "gan_mlp.py")
 
@@ -37,7 +37,7 @@ def test_the_saturating_loss_saturates():
 
 @pytest.mark.parametrize("flags", [[], ["--saturating"]])
 def test_each_step_moves_its_own_network_only(monkeypatch, flags):
-    data = gan.draw_cartoons(8, 16, "test")
+    data = cartoons(gan, 8, 16)
     run = step_of(gan, monkeypatch, ["--size", 16, "--batch", 4, *flags], data)
     G, D = run["parts"]["G"], run["parts"]["D"]
     for name, own, other in [("opt_D", D, G), ("opt_G", G, D)]:
@@ -57,7 +57,7 @@ def test_each_step_moves_its_own_network_only(monkeypatch, flags):
 
 def test_z_is_uniform(monkeypatch):
     seen = []
-    run = step_of(gan, monkeypatch, ["--size", 16], gan.draw_cartoons(8, 16, "test"))
+    run = step_of(gan, monkeypatch, ["--size", 16], cartoons(gan, 8, 16))
     run["parts"]["G"].register_forward_pre_hook(lambda net, inputs: seen.append(inputs[0]))
     run["draw"](1000)
     z = seen[0]

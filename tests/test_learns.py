@@ -6,7 +6,7 @@ round they do not.
 import numpy as np
 import pytest
 import torch
-from conftest import HERE, call, load, step_of
+from conftest import HERE, call, cartoons, load, step_of
 from PIL import Image
 
 # Far from convergence, but enough to see where it goes; faster than each script's own defaults.
@@ -63,14 +63,14 @@ def test_learns(module, script, tmp_path, monkeypatch, sign):
 def test_learns_what_a_label_looks_like(monkeypatch, script, flags, steps, sign):
     """Blond faces minus dark ones, on average: the same picture in the data and in the fakes."""
     module = load(HERE / f"{script}.py")
-    data = module.draw_cartoons(2560, 16, seed="train")
+    data = cartoons(module, 2560, 16)
     g_loss = module.g_loss
     monkeypatch.setattr(module, "g_loss", lambda *outputs: sign * g_loss(*outputs))
     flags = ["--size", 16, "--batch", 8, "--device", "cpu", *flags]
     caught = step_of(module, monkeypatch, flags, data)
     for _ in range(steps):
         caught["step"]()
-    with module.preview(caught["args"], caught["parts"]):
+    with module.preview(caught["args"], caught["parts"]["G"]):
         labels = module.sample_labels(data, 1000, "cpu")
         fake = caught["parts"]["G"](torch.randn(1000, module.Z), labels)
     differences = [images[y[:, 0] > 0].mean(0) - images[y[:, 0] == 0].mean(0)

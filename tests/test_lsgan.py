@@ -4,7 +4,7 @@ import ast
 
 import pytest
 import torch
-from conftest import HERE, call, load, step_of
+from conftest import HERE, call, cartoons, load, step_of
 
 lsgan = load(HERE / "lsgan.py")
 
@@ -53,7 +53,7 @@ def test_scores_are_not_squashed():
 
 
 def test_labels_reach_the_losses(monkeypatch):
-    data = lsgan.draw_cartoons(8, 16, "test")
+    data = cartoons(lsgan, 8, 16)
     flags = ["--size", 16, "--batch", 4, "--width", 4, "--labels", -1, 1, 0]
     run, seen = step_of(lsgan, monkeypatch, flags, data), []
     monkeypatch.setattr(lsgan, "d_loss", lambda real, fake, *ab: (seen.append(ab), real.sum())[1])

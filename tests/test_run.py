@@ -1,13 +1,18 @@
 """What a run leaves, and that nothing is lost: kill -9, Ctrl-C, a full disk, a NaN, --resume."""
 
+import math
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
+import time
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
-from conftest import HERE, call, load, shell
+from conftest import DATA, HERE, call, load, shell
 from PIL import Image, ImageSequence
 
 # Runs the script in argv[1] and kills it, as kill -9 does, at the moment that argv[2] names.
@@ -19,10 +24,10 @@ module = __import__(sys.argv[1])
 def die(*args):
     os.kill(os.getpid(), signal.SIGKILL)
 
-def report(row, *args, original=module.report):
-    if row["step"] == 8:
+def record(args, data, parts, rows, *others, original=module.record):
+    if rows[-1]["step"] == 8:
         die()
-    original(row, *args)
+    original(args, data, parts, rows, *others)
 
 def replace(*paths, original=os.replace, calls=[]):
     calls.append(paths)
@@ -31,7 +36,7 @@ def replace(*paths, original=os.replace, calls=[]):
     original(*paths)
 
 if sys.argv[2] == "in a step":
-    module.report = report
+    module.record = record
 else:
     os.replace = replace
 module.main(sys.argv[3:])
@@ -57,7 +62,7 @@ def test_ten_steps_equal_five_and_a_kill_and_five(module, script, alone, tiny):
     assert call(module, "--steps", 10, *tiny, "--out", "whole") == 0
     cut = shell(script, "in a step", "--steps", 10, *tiny, "--out", "cut", code=KILLED)
     assert cut.returncode == -signal.SIGKILL, cut.stderr
-    assert torch.load("cut/checkpoint.pt")["step"] == 5
+    assert torch.load("cut/checkpoint.pt")["step"] == 7
     assert call(module, "--resume", "--out", "cut") == 0
     assert_equal_runs(alone / "whole", alone / "cut")
 
@@ -91,7 +96,7 @@ def test_nan_ends_the_run_and_spares_the_checkpoint(module, script, alone, tiny,
 # The rest is the chassis, the same text in every script: one script stands for all.
 
 dcgan = load(HERE / "dcgan.py")
-SMALL = ["--size", 16, "--batch", 4, "--width", 4, "--device", "cpu"]
+SMALL = ["--size", 16, "--batch", 4, "--width", 4, "--device", "cpu", "--root", DATA]
 
 
 def test_log_pictures_and_animation(tmp_path, monkeypatch):
@@ -101,44 +106,65 @@ def test_log_pictures_and_animation(tmp_path, monkeypatch):
     assert rows[0] == ["step", "loss_D", "loss_G", "D(x)", "D(G(z))", "spread", "images/s"]
     assert [int(row[0]) for row in rows[1:]] == [*range(3, 230, 3), 230]
     steps = sorted(int(path.stem) for path in (tmp_path / "run/samples").iterdir())
-    assert steps == [*range(15, 230, 15), 230]
+    assert steps == [*range(3, 230, 3), 230]
     grids = [Image.open(path) for path in sorted((tmp_path / "run/samples").iterdir())]
     assert {grid.size for grid in grids} == {(8 * 18 + 2, 8 * 18 + 2)}  # two pixels between
     animation = Image.open(tmp_path / "run/training.gif")
-    assert sum(1 for _ in ImageSequence.Iterator(animation)) == len(steps)
-    assert Image.open(tmp_path / "run/curves.png").size[0] > 800
+    assert sum(1 for _ in ImageSequence.Iterator(animation)) == len(steps[::-2])
+    assert Image.open(tmp_path / "run/curves.png").size == (640, 120 * len(rows[0]))
+    losses = np.loadtxt(tmp_path / "run/losses.csv", delimiter=",", skiprows=1)
+    assert losses.shape == (len(steps), 7) and np.isfinite(losses).all()
 
 
-def test_the_grid_shows_the_same_z_and_draws_leave_no_trace(tmp_path, monkeypatch):
-    """preview() gives the same numbers every time, in eval mode, and puts everything back."""
+def test_previews_show_the_same_z_in_eval_mode():
     net = torch.nn.BatchNorm1d(2)
-    args = type("Args", (), {"device": torch.device("cpu"), "seed": 5})
-    torch.manual_seed(0)
-    before, draws = torch.get_rng_state(), []
+    args, draws = type("Args", (), {"seed": 5}), []
     for _ in range(2):
-        with dcgan.preview(args, {"net": net, "opt": None}):
+        with dcgan.preview(args, net):
             draws.append(torch.randn(3))
             assert not net.training and not torch.is_grad_enabled()
             net(torch.randn(4, 2))
-    assert torch.equal(*draws) and torch.equal(before, torch.get_rng_state())
-    assert net.training and net.num_batches_tracked == 0
+    assert torch.equal(*draws) and net.training and net.num_batches_tracked == 0
+
+
+def test_pictures_leave_no_trace_in_the_weights(tmp_path, monkeypatch):
+    """Rows and pictures at every step or just once: the same weights, to the bit."""
+    monkeypatch.chdir(tmp_path)
+    assert call(dcgan, "--steps", 6, *SMALL, "--out", "often") == 0
+    monkeypatch.setattr(dcgan, "math", SimpleNamespace(ceil=lambda x: 100, inf=math.inf))
+    assert call(dcgan, "--steps", 6, *SMALL, "--out", "once") == 0
+    a, b = (torch.load(f"{out}/checkpoint.pt") for out in ("often", "once"))
+    assert (len(a["rows"]), len(b["rows"])) == (6, 1)
+    assert_same(a["parts"], b["parts"])
+    means = sum(row["loss_G"] for row in a["rows"]) / 6
+    assert b["rows"][0]["loss_G"] == pytest.approx(means, rel=1e-5)
+
+
+def recorded(tmp_path, rows, picture=None):
+    """One call of record(), for a run of nothing."""
+    (tmp_path / "samples").mkdir(exist_ok=True)
+    args = dcgan.argparse.Namespace(out=str(tmp_path), batch=4, saved={})
+    data = dcgan.Data(torch.zeros(2, 3, 4, 4).byte(), torch.zeros(2, 0), [])
+    picture = torch.zeros(1, 2, 3, 16, 16) if picture is None else picture
+    dcgan.record(args, data, {}, rows, picture, 900)
 
 
 def test_pictures_keep_their_brightness(tmp_path):
     """The range is fixed: a dim picture stays dim whatever its neighbours are."""
-    dim = torch.full((1, 2, 3, 16, 16), -0.5)
-    dcgan.save_grid(dim, tmp_path / "dim.png")
-    assert Image.open(tmp_path / "dim.png").getpixel((5, 5)) == (64, 64, 64)
+    row = {"step": 100, "spread": 1.0, "images/s": 100.0}
+    recorded(tmp_path, [row], torch.full((1, 2, 3, 16, 16), -0.5))
+    picture = Image.open(tmp_path / "samples" / "000100.png")
+    assert picture.getpixel((5, 5)) == (64, 64, 64) and picture.size == (38, 20)
 
 
 def test_collapse_is_told_once(capsys, tmp_path):
     rows = []
     for step, spread in [(400, 0.05), (600, 0.5), (700, 0.05), (800, 0.04)]:
-        row = {"step": step, "loss_D": 1.0, "spread": spread, "images/s": 100.0}
-        dcgan.report(row, rows, {}, 1000, f"step {step}/900", last=False)
+        rows.append({"step": step, "loss_D": 1.0, "spread": spread, "images/s": 100.0})
+        recorded(tmp_path, rows)
     text = capsys.readouterr().out
     assert text.count("COLLAPSE") == 1 and text.index("700/900") < text.index("COLLAPSE")
-    assert "0:00:10 left" in text and len(rows) == 4
+    assert text.index("COLLAPSE") < text.index("800/900") and "0:00:08 left" in text
 
 
 def test_sample_batch_is_uniform_and_with_replacement():
@@ -168,14 +194,56 @@ def test_epochs_count_the_data(tmp_path, monkeypatch):
     assert torch.load("run/checkpoint.pt")["step"] == round(0.01 * 2560 / 4)
 
 
-def test_a_second_ctrl_c_is_not_swallowed():
-    with pytest.raises(KeyboardInterrupt), dcgan.catch_signals() as caught:
-        signal.raise_signal(signal.SIGINT)
-        assert caught == [signal.SIGINT]
-        signal.raise_signal(signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+def test_handlers_are_put_back(tmp_path, monkeypatch):
+    """A notebook's Ctrl-C must work after a run."""
+    monkeypatch.chdir(tmp_path)
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    assert call(dcgan, "--steps", 1, *SMALL, "--out", "run") == 0
+    assert before == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
 
 
+def test_a_folder_is_one_runs_alone(tmp_path, monkeypatch, capsys):
+    """Two runs that both found it free: the second to start is refused, before it writes."""
+    monkeypatch.chdir(tmp_path)
+    flags = ["--steps", 1, *SMALL, "--out", "run"]
+    load_images = dcgan.load_images
+
+    def meanwhile(*args):
+        monkeypatch.setattr(dcgan, "load_images", load_images)
+        assert call(dcgan, *flags) == 0
+        return load_images(*args)
+
+    monkeypatch.setattr(dcgan, "load_images", meanwhile)
+    assert call(dcgan, *flags, "--seed", 7) == 2
+    assert torch.load("run/checkpoint.pt")["settings"]["seed"] == 0
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_flipped_bit_is_noticed(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert call(dcgan, "--steps", 1, *SMALL, "--out", "run") == 0
+    path = tmp_path / "run" / "checkpoint.pt"
+    whole = bytearray(path.read_bytes())
+    weights = torch.load(path)["parts"]["G"]["1.weight"].permute(0, 2, 3, 1).numpy().tobytes()
+    whole[whole.index(weights) + 1001] ^= 4
+    path.write_bytes(whole)
+    torch.load(path)  # torch itself sees nothing
+    assert call(dcgan, "--out", "run", "--generate", 1) == 2
+    assert "checksum" in capsys.readouterr().err
+
+
+def test_resume_with_data_that_moved_but_not_with_other_data(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for i in range(12):
+        folder = tmp_path / "mine" / "ab"[i % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (20, 20), (20 * i, 0, 0)).save(folder / f"{i}.png")
+    assert call(dcgan, "--data", "mine", "--steps", 1, *SMALL, "--out", "run") == 0
+    (tmp_path / "mine").rename(tmp_path / "moved")
+    assert call(dcgan, "--out", "run", "--resume", "--steps", 2, "--data", "moved") == 0
+    (tmp_path / "moved" / "b").rename(tmp_path / "moved" / "c")
+    assert call(dcgan, "--out", "run", "--resume", "--steps", 3, "--data", "moved") == 2
+    assert "not the labels" in capsys.readouterr().err
 
 
 @pytest.fixture
@@ -192,25 +260,26 @@ def test_killed_while_saving(copied):
     assert call(dcgan, *flags, "--out", "whole") == 0
     cut = shell("dcgan", "in the second save", *flags, "--out", "cut", code=KILLED)
     assert cut.returncode == -signal.SIGKILL, cut.stderr
-    assert torch.load("cut/checkpoint.pt")["step"] == 5
+    assert torch.load("cut/checkpoint.pt")["step"] == 1
     assert call(dcgan, "--resume", "--out", "cut") == 0
     assert_equal_runs(copied / "whole", copied / "cut")
     assert not list(copied.rglob("*.tmp"))
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_ctrl_c_saves_and_says_how_to_go_on(copied, number):
     command = [sys.executable, "dcgan.py", "--steps", "100000", *map(str, SMALL)]
     run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while not run.stdout.readline().startswith("step"):
+    while "images on cpu ->" not in run.stdout.readline():
         assert run.poll() is None
+    time.sleep(0.5)
     run.send_signal(number)
     text, error = run.communicate(timeout=60)
     assert run.returncode == 128 + number and error == ""
     saved = torch.load("runs/dcgan-cartoon/checkpoint.pt")
     advice = text.splitlines()[-1]
-    assert f"stopped at step {saved['step']};" in advice
-    more = advice.split("python dcgan.py ")[1].split()
+    assert f"step {saved['step']}/100000" in text and "to go on:" in advice
+    more = shlex.split(advice.split("python dcgan.py ")[1])
     assert call(dcgan, *more, "--steps", saved["step"] + 1) == 0
     assert torch.load("runs/dcgan-cartoon/checkpoint.pt")["step"] == saved["step"] + 1
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import HERE, call, load, step_of
+from conftest import HERE, call, cartoons, load, step_of
 from torch import nn
 
 wgan = load(HERE / "wgan.py")
@@ -10,7 +10,7 @@ FLAGS = ["--size", 16, "--batch", 4, "--width", 4]
 
 
 def build(monkeypatch, *flags):
-    return step_of(wgan, monkeypatch, [*FLAGS, *flags], wgan.draw_cartoons(16, 16, "test"))
+    return step_of(wgan, monkeypatch, [*FLAGS, *flags], cartoons(wgan, 16, 16))
 
 
 def test_losses_by_hand():
@@ -76,8 +76,8 @@ def test_signs_in_the_step(monkeypatch):
     """The critic's step widens the gap real - fake; G's step raises the critic's score of fakes."""
     run = build(monkeypatch, "--lr", 1e-4, "--critic", 1)
     G, D = run["parts"]["G"], run["parts"]["D"]
-    data = wgan.draw_cartoons(16, 16, "test")
-    real, z = wgan.to_float(data.images), torch.randn(16, wgan.Z)
+    data = cartoons(wgan, 16, 16)
+    real, z = (data.images / 127.5 - 1), torch.randn(16, wgan.Z)
 
     def gap():
         with torch.no_grad():
