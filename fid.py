@@ -485,7 +485,7 @@ def report_score(args):
     marks = {weights, *(s.weights for s in saved)} - {None}
     if len(marks) > 1:
         refuse(f"statistics of different weights: {' and '.join(sorted(marks))}")
-    found = measure(real, args, net, weights, args.kid and len(saved) < len(fakes) + 1)
+    found = measure(real, args, net, weights, args.kid and fakes)
     if args.save:
         save_statistics(found, args.save)
         print(f"{found.n} images -> {args.save}")
@@ -512,7 +512,8 @@ def compare(real, of_real, fake, of_fake, weights):
     result = {"real": real.name, "fake": fake.name, "n_real": of_real.n, "n_fake": of_fake.n,
               "size": size, "network": network, "resize": "bilinear 299", fid_name: distance}
     line = f"{fid_name}{'' if published else f' ({network})'} {distance:.2f}"
-    details = f"{real.name}, {size}, {network}, {of_real.n or '?'} vs {of_fake.n or '?'}"
+    details = (f"{network}, bilinear 299, {real.name}, {size} px, {of_real.n or '?'} vs "
+               f"{of_fake.n or '?'}")
     if of_real.features is not None and of_fake.features is not None:
         subsets, n = kid_subsets(of_real.n, of_fake.n)
         mean, std = kid(of_real.features, of_fake.features)
@@ -579,9 +580,10 @@ def main(argv=None):
         args = command_line(argv)
         torch.backends.cudnn.allow_tf32 = False  # float32, not TF32, on a GPU too
         torch.backends.cudnn.benchmark = True
-        with contextlib.redirect_stdout(sys.stderr if args.json else sys.stdout):
-            for result, line in (report_quality if args.quality_index else report_score)(args):
-                print(json.dumps(result) if args.json else line, file=sys.__stdout__)
+        stdout, report = sys.stdout, report_quality if args.quality_index else report_score
+        with contextlib.redirect_stdout(sys.stderr if args.json else stdout):
+            for result, line in report(args):
+                print(json.dumps(result) if args.json else line, file=stdout, flush=True)
     except (OSError, MemoryError, torch.OutOfMemoryError) as error:
         refuse(error)
     except KeyboardInterrupt:
@@ -643,8 +645,8 @@ def load_images(name, size, root="data", split="train"):
         times = [os.path.getmtime(item) for item in items if isinstance(item, str)]
     except Exception as error:  # a damaged file or a download can raise anything
         refuse(f"--data {name}: {error!r}. For celeba, unzip img_align_celeba.zip below --root and "
-               "put list_attr_celeba.txt or .csv there (https://mmlab.ie.cuhk.edu.hk/projects/CelebA"
-               ".html); for lsun_church, church_outdoor_train_lmdb.zip (http://dl.yf.io/lsun)")
+               "put list_attr_celeba.txt or .csv there: https://mmlab.ie.cuhk.edu.hk/projects/"
+               "CelebA.html; for lsun_church, church_outdoor_train_lmdb.zip: http://dl.yf.io/lsun")
     stamp = hashlib.sha1(repr((items, names, times)).encode() + labels.tobytes()).hexdigest()
     key = name if name in SETS else hashlib.sha1(bytes(Path(name).resolve())).hexdigest()[:16]
     cache = Path(root) / "prepared" / f"{key}-{size}-{split}.pt"

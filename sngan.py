@@ -58,6 +58,7 @@ import torchvision
 from PIL import Image, ImageDraw, ImageOps
 from torch import distributed, nn
 from torch.nn.utils.parametrizations import spectral_norm
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torchvision.utils import save_image
 
 # --- networks -------------------------------------------------------------------------------------
@@ -410,8 +411,8 @@ def load_images(name, size, root="data", split="train"):
         times = [os.path.getmtime(item) for item in items if isinstance(item, str)]
     except Exception as error:  # a damaged file or a download can raise anything
         refuse(f"--data {name}: {error!r}. For celeba, unzip img_align_celeba.zip below --root and "
-               "put list_attr_celeba.txt or .csv there (https://mmlab.ie.cuhk.edu.hk/projects/CelebA"
-               ".html); for lsun_church, church_outdoor_train_lmdb.zip (http://dl.yf.io/lsun)")
+               "put list_attr_celeba.txt or .csv there: https://mmlab.ie.cuhk.edu.hk/projects/"
+               "CelebA.html; for lsun_church, church_outdoor_train_lmdb.zip: http://dl.yf.io/lsun")
     stamp = hashlib.sha1(repr((items, names, times)).encode() + labels.tobytes()).hexdigest()
     key = name if name in SETS else hashlib.sha1(bytes(Path(name).resolve())).hexdigest()[:16]
     cache = Path(root) / "prepared" / f"{key}-{size}-{split}.pt"
@@ -609,7 +610,7 @@ def get_data(args):
     if RANKS > 1:
         kinds = "cpu:gloo,cuda:nccl" if args.device.type == "cuda" else "gloo"
         distributed.init_process_group(kinds, timeout=timedelta(hours=2))
-        torch.optim.optimizer.register_optimizer_step_pre_hook(average_gradients)
+        register_optimizer_step_pre_hook(average_gradients)
     for turn in (True, False):  # the first process prepares the data, the others find them prepared
         if turn == (RANK == 0):
             data = load_images(args.data, args.size, args.root)

@@ -7,7 +7,6 @@ import re
 import shutil
 import subprocess
 import sys
-from types import SimpleNamespace
 from urllib.error import URLError
 
 import numpy as np
@@ -15,7 +14,7 @@ import pytest
 import scipy.linalg
 import torch
 import torch.nn.functional as F
-from conftest import HERE, call, load, shell, tree
+from conftest import DATA, HERE, call, load, shell, tree
 from PIL import Image
 from torch import nn
 from torchvision.models import inception
@@ -260,7 +259,8 @@ def test_from_end_to_end(weights, tmp_path, capsys):
     out = run(capsys, real, fake, "--weights", weights, "--batch", 2).out.splitlines()[-1]
     digest = hashlib.sha256(weights.read_bytes()).hexdigest()[:8]
     pattern = (rf"FD \(weights {digest}\) \d+\.\d\d   KD -?\d\.\d{{4}} \+- \d\.\d{{4}}   "
-               rf"\(weights {digest}, bilinear 299, 3 vs 4, KD of 100 subsets of 3\)")
+               rf"\(weights {digest}, bilinear 299, {real}, 33x33 px, 3 vs 4, KD of 100 subsets "
+               r"of 3\)")
     assert re.fullmatch(pattern, out) and "FID" not in out
 
 
@@ -268,7 +268,7 @@ def test_line_and_json(quick, tmp_path, capsys):
     real, fake = fill(tmp_path / "real", 40), fill(tmp_path / "fake", 30, seed=1)
     shown = run(capsys, real, fake)
     pattern = (r"FID (\d+\.\d\d)   KID (-?\d\.\d{4}) \+- (\d\.\d{4})   \(inception-2015-12-05, "
-               r"bilinear 299, 40 vs 30, KID of 100 subsets of 30\)")
+               rf"bilinear 299, {real}, 20x16 px, 40 vs 30, KID of 100 subsets of 30\)")
     numbers = re.fullmatch(pattern, shown.out.splitlines()[-1])
     assert numbers and "warning: below 2,048 images" in shown.err
     silent = run(capsys, real, fake, "--json")
@@ -291,12 +291,60 @@ def test_line_and_json(quick, tmp_path, capsys):
 @pytest.mark.parametrize("n, warns", [(2047, True), (2048, False), (None, False)])
 def test_warning_below_2048(n, warns, capsys):
     known = fid.statistics([features(9, 4)], fid.PUBLISHED)
-    args = SimpleNamespace(real="a", fake="b")
+    a, b = (fid.Source(name, None, None, (8, 8)) for name in "ab")
     real, fake = known._replace(n=n), known._replace(n=9000)
-    result, line = fid.compare(real, fake, fid.PUBLISHED, args)
+    result, line = fid.compare(a, real, b, fake, fid.PUBLISHED)
     assert ("warning" in capsys.readouterr().err) == warns
-    assert line == f"FID 0.00   (inception-2015-12-05, bilinear 299, {n or '?'} vs 9000)"
+    assert line == f"FID 0.00   (inception-2015-12-05, bilinear 299, a, 8x8 px, {n or '?'} vs 9000)"
     assert result["n_real"] == n
+
+
+@pytest.mark.parametrize("spoilt", ["mu", "sigma"])
+def test_nan_is_no_perfect_score(spoilt, capsys):
+    """max(0.0, nan) is 0.0: the best score there is."""
+    x, y = (fid.statistics([features(9, 4, seed)])._asdict() for seed in (0, 1))
+    x[spoilt] = x[spoilt] * float("nan")
+    with pytest.raises(SystemExit):
+        fid.frechet_distance(x["mu"], x["sigma"], y["mu"], y["sigma"])
+    assert "nan" in capsys.readouterr().err
+
+
+def test_several_fakes_and_one_real(quick, tmp_path, capsys, monkeypatch):
+    """A line each, as if each were compared alone; the real side is read once."""
+    real = fill(tmp_path / "real", 9)
+    fakes = [fill(tmp_path / f"fake{i}", 5 + i, seed=i + 1) for i in range(3)]
+    alone = [json.loads(run(capsys, real, fake, "--json").out) for fake in fakes]
+    read, read_picture = [], fid.read_picture
+    monkeypatch.setattr(fid, "read_picture", lambda path, size=None: (
+        read.append(str(path)), read_picture(path, size))[1])
+    together = run(capsys, real, *fakes, "--json").out.splitlines()
+    assert [json.loads(line) for line in together] == alone
+    assert read.count(f"{real}/003.png") == 1
+
+
+def test_size_makes_both_sides_alike(quick, tmp_path, capsys):
+    """Originals of any size and shape against what was made of them for training: no distance."""
+    real, prepared = fill(tmp_path / "real", 12, size=(90, 50)), tmp_path / "prepared"
+    prepared.mkdir()
+    for i, image in enumerate(fid.load_images(str(real), 16, tmp_path).images):
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(prepared / f"{i}.png")
+    plain = run(capsys, real, prepared, "--json")
+    assert "is of 90 x 50 pixels" in plain.err and "of 16 x 16; --size" in plain.err
+    alike = run(capsys, real, prepared, "--json", "--size", 16)
+    assert "--size makes" not in alike.err and json.loads(alike.out)["size"] == "16x16"
+    assert json.loads(alike.out)["FID"] < 1e-6 < 1 < json.loads(plain.out)["FID"]
+
+
+def test_n_takes_that_many_random_images(quick, tmp_path, capsys):
+    real, fake = fill(tmp_path / "real", 30), fill(tmp_path / "fake", 9, seed=1)
+    some = [json.loads(run(capsys, real, fake, "--json", "--n", 8).out) for _ in range(2)]
+    assert some[0] == some[1] and (some[0]["n_real"], some[0]["n_fake"]) == (8, 9)
+    first = fill(tmp_path / "first", 8)
+    other = json.loads(run(capsys, first, fake, "--json").out)
+    assert other["FID"] != pytest.approx(some[0]["FID"], rel=1e-6)
+    named = run(capsys, "cartoon", fake, "--json", "--n", 50, "--root", DATA, "--no-kid")
+    assert json.loads(named.out)["n_real"] == 50
+    assert json.loads(named.out)["real"] == "cartoon (train)"
 
 
 def test_a_folder_of_everything(quick, tmp_path, capsys):
@@ -316,16 +364,16 @@ def test_a_folder_of_everything(quick, tmp_path, capsys):
     (odd / "broken.png").write_bytes(whole[: len(whole) // 2])
     (odd / "words.txt").write_text("no image, no matter")
     shown = run(capsys, plain, odd, "--batch", 2)
-    assert "4 vs 8" in shown.out and f"unreadable: 1, the first is {odd}/broken.png" in shown.out
+    assert "4 vs 8" in shown.out and f"1 unreadable ['{odd}/broken.png']" in shown.out
     grey = fid.read_picture(odd / "level0" / "below" / "6.tiff")
     assert grey.shape == (3, 9, 9) and (grey == 155).all()  # 16 bits scaled, grey replicated
-    assert fid.read_picture(odd / "broken.png") is None
+    assert fid.read_picture(odd / "broken.png") == odd / "broken.png"
 
 
 def test_reading_ahead_keeps_the_order_and_stays_near(tmp_path, monkeypatch):
     read = []
-    monkeypatch.setattr(fid, "read_picture", lambda path: read.append(path) or path)
-    batches = fid.read_ahead(list(range(50)), 5)
+    monkeypatch.setattr(fid, "read_picture", lambda path, size: read.append(path) or path)
+    batches = fid.read_ahead(list(range(50)), None, 5)
     assert next(batches) == [0, 1, 2, 3, 4]
     assert len(read) <= 15  # not all fifty: memory does not grow
     assert [x for batch in batches for x in batch] == list(range(5, 50))
@@ -333,16 +381,15 @@ def test_reading_ahead_keeps_the_order_and_stays_near(tmp_path, monkeypatch):
 
 def test_data_sets_are_prepared_as_for_training(quick, tmp_path, capsys, monkeypatch):
     """By name and as files of the same pixels, and the size is that of the fakes."""
-    draw = fid.draw_cartoons
-    monkeypatch.setattr(fid, "draw_cartoons", lambda n, size, seed: draw(50, size, seed))
     fakes = fill(tmp_path / "fakes", 5, size=(24, 24))
-    images = fid.load_images("cartoon", 24, split="test").images
+    images = fid.load_images("cartoon", 24, tmp_path / "data", split="test").images[:50]
     (tmp_path / "files").mkdir()
     for i, image in enumerate(images):
         Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / "files" / f"{i:04}.png")
-    common = fakes, "--json", "--no-kid", "--root", tmp_path / "data"
+    common = fakes, "--json", "--no-kid", "--root", tmp_path / "data", "--n", 50
     named = run(capsys, "cartoon", *common, "--split", "test")
-    assert "cartoon (test, 24 px)" in named.err
+    assert json.loads(named.out)["real"] == "cartoon (test)"
+    assert json.loads(named.out)["size"] == "24x24"
     expected = json.loads(run(capsys, tmp_path / "files", *common).out)
     assert json.loads(named.out)["FID"] == pytest.approx(expected["FID"], rel=1e-9)
     smaller = run(capsys, "cartoon", *common, "--split", "test", "--size", 8)
@@ -361,14 +408,16 @@ def test_statistics_in_and_out(quick, tmp_path, capsys):
         mu, sigma = f["mu"][:], f["sigma"][:]
     assert mu.shape == (2048,) and sigma.shape == (2048, 2048) and sigma.dtype == np.float64
     shown = run(capsys, saved, fake)
-    assert shown.out.splitlines()[-1].endswith("bilinear 299, 30 vs 20)") and "KID" not in shown.out
+    assert shown.out.endswith(f"bilinear 299, {saved}, 20x16 px, 30 vs 20)\n")
+    assert "KID" not in shown.out
     again = json.loads(run(capsys, saved, fake, "--json").out)
     assert again["FID"] == pytest.approx(direct["FID"], rel=1e-9) and again["n_real"] == 30
 
     theirs = tmp_path / "theirs.npz"
     np.savez_compressed(theirs, mu=mu, sigma=sigma)  # as pytorch-fid writes it
     shown = run(capsys, theirs, saved)
-    assert shown.out == "FID 0.00   (inception-2015-12-05, bilinear 299, ? vs 30)\n"
+    assert shown.out == (
+        f"FID 0.00   (inception-2015-12-05, bilinear 299, {theirs}, ? px, ? vs 30)\n")
 
 
 # --- the quality index ----------------------------------------------------------------------------
@@ -418,8 +467,8 @@ def test_quality_index_tells_deformed_images(monkeypatch):
     real = stripes.expand(160, 1, 64, 64).byte()
     bent = torch.stack([torch.from_numpy(fid.deform(image, np.random.default_rng(i)))
                         for i, image in enumerate(real.numpy())])
-    index, on_real, on_deformed = fid.quality_index(real, bent, 12, torch.device("cpu"))
-    assert on_real > 0.8 and on_deformed > 0.8 and index > 0.6
+    logits, on_real, on_deformed = fid.train_quality(real, 12, torch.device("cpu"))
+    assert on_real > 0.8 and on_deformed > 0.8 and logits(bent).sigmoid().mean() > 0.6
 
 
 def test_quality_index_by_command(tmp_path, capsys):
@@ -428,7 +477,10 @@ def test_quality_index_by_command(tmp_path, capsys):
     line = run(capsys, *flags).out.splitlines()[-1]
     assert re.match(r"quality index 0\.\d{3}   held out: \d+\.\d% of real and \d+\.\d% of", line)
     assert line.endswith("(64 px, 1 epochs, 12 vs 5)")
-    assert json.loads(run(capsys, *flags, "--json").out)["n_fake"] == 5
+    for i in range(4):  # a collapsed G: copies count
+        shutil.copy(fake / "000.png", fake / f"copy{i}.png")
+    shown = run(capsys, real, fake, real, *flags[2:], "--json").out.splitlines()
+    assert [json.loads(line)["n_fake"] for line in shown] == [9, 12]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
@@ -481,13 +533,13 @@ def desk(tmp_path, monkeypatch, original):
 TABLE = [
     ("", "REAL"),
     ("good", "FAKE is missing"),
-    ("good nothing", "nothing is no folder and no data set"),
-    ("good empty", "empty has 0 images"),
-    ("empty good", "empty has 0 images"),
-    ("good words", "words has 0 images"),
-    ("good single", "single has 1 images"),
+    ("good nothing", "nothing is not there, and none of cartoon"),
+    ("good empty", "empty is no data set, and has not two images"),
+    ("empty good", "empty is no data set"),
+    ("good words", "words is no data set"),
+    ("good single", "single is no data set"),
     ("good file", "file is a file"),
-    ("good array.npy", "array.npy is a file, but not .npz"),
+    ("good array.npy", "array.npy is a file"),
     ("good renamed.npz", "renamed.npz is not a .npz file with mu and sigma"),
     ("good missing.npz", "missing.npz"),
     ("good other.npz", "other.npz is not"),
@@ -498,9 +550,9 @@ TABLE = [
     ("right.npz width.npz", "width.npz: mu (64,)"),
     ("good nan.npz", "nan.npz: not finite"),
     ("foreign.npz stranger.npz", "abcd1234 and dcba4321"),
-    ("good good --weights cut.pth", "cut.pth is damaged"),
-    ("good good --weights void.pth", "void.pth is damaged"),
-    ("good good --weights file", "file is damaged"),
+    ("good good --weights cut.pth", "cut.pth cannot be read"),
+    ("good good --weights void.pth", "void.pth cannot be read"),
+    ("good good --weights file", "file cannot be read"),
     ("good good --weights else.pth", "else.pth does not hold"),
     ("good good --weights list.pth", "list.pth does not hold"),
     ("good good --weights misfit.pth", "misfit.pth does not hold"),
@@ -508,19 +560,19 @@ TABLE = [
     ("good good --weights empty", "empty: there is no such file"),
     ("good --save out.npy", "--save out.npy"),
     ("good --save no/such/out.npz", "--save no/such/out.npz"),
-    ("right.npz good --save out.npz", "right.npz is saved statistics already"),
+    ("right.npz good --save out.npz", "--save out.npz: images become"),
     ("good good --size 0", "--size"),
     ("good good --batch 0", "--batch"),
     ("good good --split middle", "--split"),
     ("good good --device tpu", "--device tpu"),
     ("good good --colour", "--colour"),
-    ("good good good", "good"),
-    ("good right.npz --quality-index", "needs images"),
+    ("good right.npz --quality-index", "give a folder of images"),
     ("good --quality-index", "FAKE is missing"),
     ("good empty --quality-index", "empty"),
     ("good good --quality-index --epochs 0", "--epochs"),
     ("good good --quality-index --save out.npz", "--save"),
-    ("celeba good --root empty", "CelebA"),
+    ("good good --n 0", "--n"),
+    ("celeba good --root empty", "celeba"),
 ]
 
 
@@ -545,15 +597,16 @@ def test_one_line_status_two_nothing_written(desk, capsys, monkeypatch):
 
 
 def test_a_folder_without_one_readable_image(quick, desk, capsys):
+    """Noticed before all of REAL is read."""
     assert call(fid, "good", "broken", "--device", "cpu") == 2
     shown = capsys.readouterr()
-    assert shown.err.startswith("fid.py: broken: 0 usable images") and shown.err.count("\n") == 1
-    assert "left out, unreadable: 2, the first is broken/a.png" in shown.out
+    assert shown.err.startswith("fid.py: broken is no data set") and shown.err.count("\n") == 1
+    assert shown.out == ""
 
 
 def test_other_weights_are_never_called_fid(desk, capsys):
     shown = run(capsys, "foreign.npz", "right.npz")
-    assert shown.out == "FD (weights abcd1234) 0.00   (weights abcd1234, bilinear 299, 9 vs ?)\n"
+    assert shown.out.startswith("FD (weights abcd1234) 0.00   (weights abcd1234, bilinear 299")
     assert "FD" in json.loads(run(capsys, "foreign.npz", "right.npz", "--json").out)
 
 

@@ -327,18 +327,12 @@ def test_learns(monkeypatch, faces, form, sign):
 # What is held out, and shown.
 
 
-@pytest.mark.parametrize("n", [65, 66, 100, 128, 129, 192, 193, 1000])
-def test_held_out_images_are_never_sampled_and_all_others_are(monkeypatch, n):
-    i = torch.arange(n)
-    images = torch.stack([i % 250, i // 250, 0 * i + 77], 1).byte().view(n, 3, 1, 1)
-    others = n - len(pix.every_nth(images, 64))
-    monkeypatch.setattr(
-        torch, "randint", lambda high, shape, device: torch.arange(others)[: high + 1])
-    x, y = pix.sample_colours(images, others, torch.device("cpu"))
-    rgb = (255 * pix.to_rgb(x, y)).round().long().view(others, 3)
-    found = rgb[:, 0] + 250 * rgb[:, 1]
-    held_out = pix.every_nth(i, 64)
-    assert torch.equal(found, i[~torch.isin(i, held_out)]) and 33 <= len(held_out) <= 64
+def test_the_first_64_are_never_sampled_and_all_others_are():
+    i = torch.arange(100)
+    images = torch.stack([i, 0 * i, 0 * i + 77], 1).byte().view(100, 3, 1, 1)
+    x, y = pix.sample_colours(images, 3000, torch.device("cpu"))
+    found = (255 * pix.to_rgb(x, y)).round().long()[:, 0].unique()
+    assert torch.equal(found, i[64:])
 
 
 def test_half_of_a_batch_is_mirrored():
@@ -447,7 +441,7 @@ def test_colorize_keeps_size_and_lightness(trained, album, capsys):
     assert call(pix, "--out", trained, "--colorize", *GOOD) == 0
     assert capsys.readouterr().out.count("\n") == len(GOOD)
     for name in GOOD:
-        photo = pix.open_image(name).convert("RGB")
+        photo = pix.open_image(name)
         made = Image.open(trained / "colorized" / (name.split(".")[0] + ".png"))
         assert made.mode == "RGB" and made.size == photo.size
         before, after = (torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255
@@ -470,7 +464,7 @@ def test_colorize_twice_gives_the_same_colours_of_the_trained_g(trained, album):
     with torch.no_grad():
         expected = pix.colour_photo(np.array(Image.open("rgb.jpg")), G, Settings)
     found = np.array(Image.open(trained / "colorized" / "rgb.png"))
-    assert np.array_equal(found, expected.permute(1, 2, 0))
+    assert np.array_equal(found, expected)
 
 
 def test_colorize_goes_on_after_a_bad_photo(trained, album, capsys):
@@ -513,8 +507,8 @@ def test_a_photo_is_coloured_by_g(album, monkeypatch):
     photo = np.full((600, 31, 3), 120, dtype=np.uint8)  # more than one strip
     photo[:300] = 30
     made = pix.colour_photo(photo, paint, Settings)
-    assert made.shape == (3, 600, 31) and made.dtype == torch.uint8
-    lab = pix.rgb_to_lab(made[None] / 255)
+    assert made.shape == (600, 31, 3) and made.dtype == np.uint8
+    lab = pix.rgb_to_lab(torch.from_numpy(made).permute(2, 0, 1)[None] / 255)
     assert (lab[:, 1] - 22).abs().max() < 1 and (lab[:, 2] + 11).abs().max() < 1
     assert seen[0].shape == (1, 1, 64, 64) and (seen[0][0, 0].diff(dim=1).abs() < 1e-5).all()
     assert seen[0][0, 0, 0, 0] < -0.7 and seen[0][0, 0, -1, 0] > -0.1
@@ -526,7 +520,7 @@ def test_a_photo_is_coloured_by_g(album, monkeypatch):
 
 def test_generate_colours_held_out_images_only(trained, capsys):
     n = len(torch.load(trained / "checkpoint.pt")["data"][0])
-    assert n == 35
+    assert n == 64
     assert call(pix, "--out", trained, "--generate", n) == 0
     assert len(list((trained / "generated").iterdir())) == n
     capsys.readouterr()
@@ -570,22 +564,22 @@ def test_too_few_images(tmp_path, monkeypatch, capsys):
     photos(tmp_path / "few", 64)
     assert call(pix, "--data", "few", *FLAGS) == 2
     error = capsys.readouterr().err
-    assert "few has 64 usable images" in error and error.count("\n") == 1
+    assert "few has 64 images" in error and error.count("\n") == 1
     assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize("flags, expected", [
-    ("--size 32", "[64, 128, 256]"),
-    ("--size 512", "[64, 128, 256]"),
+    ("--size 32", "64, 128, 256"),
+    ("--size 512", "64, 128, 256"),
     ("--gan -1", "--gan"),
     ("--l1 -1", "--l1"),
     ("--l2 x", "--l2"),
-    ("--margin 0", "--margin"),
-    ("--clip 0", "--clip"),
+    ("--margin -1", "--margin"),
+    ("--clip -1", "--clip"),
     ("--critic 0", "--critic"),
     ("--width 0", "--width"),
     ("--adversarial foo", "foo"),
-    ("--colorize a.jpg", "there is no checkpoint"),
+    ("--colorize a.jpg", "checkpoint.pt cannot be read"),
     ("--colorize", "--colorize"),
 ])
 def test_own_flags_refuse_nonsense(flags, expected, capsys, tmp_path, monkeypatch):

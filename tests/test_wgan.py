@@ -104,7 +104,7 @@ def test_signs_in_the_step(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "flags", ["--clip 0", "--clip -1", "--clip x", "--critic 0", "--critic 2.5"])
+    "flags", ["--clip nan", "--clip -1", "--clip x", "--critic 0", "--critic 2.5"])
 def test_own_flags_refuse_nonsense(flags, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert call(wgan, *flags.split()) == 2
