@@ -33,6 +33,8 @@ Differs from the papers:
     20 attributes on average, where the faces have about 9, and contradictions (bald with wavy hair)
   - their code switches spectral norm off in G's third layer, without a reason; here it is on
   - one D step on 64 real and 64 fake images; their code makes two, of 32 each
+  - they also tried an embedding of up to three attributes as G's input, which failed with more;
+    a linear layer on the whole row, as here, is the sum of such embeddings
   - on cartoon --aux is 3 and the learning rate 4e-3. With 1 and 1e-3, the second head could tell
     69 % of real faces' smiles at the end and 99.8 % of the fakes': G and D had agreed on a sign of
     their own, which is no smile. With 5 and 1e-3, the pictures were speckled
@@ -375,7 +377,8 @@ def record(args, data, parts, rows, picture, total):
     save_image(picture.flatten(0, 1) / 2 + 0.5, file, nrow=picture.shape[1])
     if now == total:
         files = sorted(file.parent.glob("[0-9]*.png"))[::-2][::-1]  # every second, and the last
-        first, *others = (ImageOps.contain(Image.open(file), (600, 600)) for file in files)
+        images = map(Image.open, files)
+        first, *others = (image.reduce(math.ceil(max(image.size) / 600)) for image in images)
         first.save(out / "training.gif", save_all=True, append_images=others, loop=0, duration=150)
     passing = {"resume", "generate", "device", "out", "steps", "saved"}
     save_file({

@@ -19,6 +19,8 @@ Changes from dcgan.py:
   - the fakes of a step get the labels of the real images
   - pictures: one column a class (or an attribute all alone), one z a row
   - learning rate 5e-4, batches of 256, 150 epochs; no size above 64; no --width and no --g-steps
+  - --no-labels leaves the labels and their maps out: Marchiori's other half, a plain GAN. Data
+    without labels do the same
 
 Differs from the paper:
   - convolutional networks, as in Marchiori; the paper's are multilayer perceptrons with maxout in D
@@ -26,13 +28,15 @@ Differs from the paper:
     in G, 64, 128 in D), dropout and LeakyReLU's slope of 0.2 are a reconstruction
   - z is N(0, 1), the paper's uniform in [0, 1]
   - Adam in place of SGD with momentum. beta1 is 0.5, as in dcgan.py, and the learning rate 5e-4.
-    The code that Marchiori seems to follow has 0.9 and 1e-4, with which all cartoon faces stayed
-    alike (1,760 steps); with 1e-4 alone, MNIST's labels had no effect after 880 steps of 64
+    Marchiori has 1e-4, and 0.9 it seems (his framework's default); with them all cartoon faces
+    stayed alike (1,760 steps), and with 1e-4 alone MNIST's labels had no effect after 880 steps
+    of 64
   - fakes get labels as frequent as in the data, which is what Eq. 2 says. Marchiori does not say
     which; where classes are equally frequent it makes no difference
 
     python cgan.py                          # cartoon faces, on a CPU, no download
     python cgan.py --data fashion_mnist     # Marchiori's first experiment, 28 px
+    python cgan.py --data fashion_mnist --no-labels --out runs/gan    # the same without labels
     python cgan.py --data my_clothes        # a folder with one sub-folder a class, 64 px
 """
 
@@ -295,7 +299,8 @@ def record(args, data, parts, rows, picture, total):
     save_image(picture.flatten(0, 1) / 2 + 0.5, file, nrow=picture.shape[1])
     if now == total:
         files = sorted(file.parent.glob("[0-9]*.png"))[::-2][::-1]  # every second, and the last
-        first, *others = (ImageOps.contain(Image.open(file), (600, 600)) for file in files)
+        images = map(Image.open, files)
+        first, *others = (image.reduce(math.ceil(max(image.size) / 600)) for image in images)
         first.save(out / "training.gif", save_all=True, append_images=others, loop=0, duration=150)
     passing = {"resume", "generate", "device", "out", "steps", "saved"}
     save_file({

@@ -31,9 +31,9 @@ Differs from the paper:
   - Benedetti prints an initial standard deviation of 0.2, ten times the paper's; that saturates the
     tanh before the first step, so it is 0.02 here
 
-    python dcgan.py                                         # cartoon faces, on a CPU, no download
-    python dcgan.py --data cifar10 --size 64 --epochs 21    # Benedetti's best epoch
-    python dcgan.py --data celeba --generate 10000          # draw from a trained model, for fid.py
+    python dcgan.py                                       # cartoon faces, on a CPU, no download
+    python dcgan.py --data cifar10 --size 64 --batch 128 --epochs 21  # Benedetti's best epoch
+    python dcgan.py --data celeba --generate 10000        # draw from a trained model, for fid.py
 """
 
 import argparse
@@ -63,7 +63,7 @@ from torchvision.utils import save_image
 # --- networks -------------------------------------------------------------------------------------
 
 SIZES = [2**k for k in range(4, 11)]  # image sizes that the networks can be built for: 16 ... 1024
-Z = 100  # how many numbers z has (Sec. 4)
+Z = 100  # how many numbers z has (DCGAN, Sec. 4)
 
 
 class Generator(nn.Sequential):
@@ -121,7 +121,7 @@ class Discriminator(nn.Sequential):
 
 
 def init_weights(module):
-    """Sec. 4: weights from N(0, 0.02^2). BatchNorm's scales start around 1, its shifts at 0."""
+    """DCGAN, Sec. 4: weights from N(0, 0.02^2). BatchNorm: scales around 1, shifts at 0."""
     if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
         nn.init.normal_(module.weight, mean=0, std=0.02)
     elif isinstance(module, nn.BatchNorm2d):
@@ -287,7 +287,8 @@ def record(args, data, parts, rows, picture, total):
     save_image(picture.flatten(0, 1) / 2 + 0.5, file, nrow=picture.shape[1])
     if now == total:
         files = sorted(file.parent.glob("[0-9]*.png"))[::-2][::-1]  # every second, and the last
-        first, *others = (ImageOps.contain(Image.open(file), (600, 600)) for file in files)
+        images = map(Image.open, files)
+        first, *others = (image.reduce(math.ceil(max(image.size) / 600)) for image in images)
         first.save(out / "training.gif", save_all=True, append_images=others, loop=0, duration=150)
     passing = {"resume", "generate", "device", "out", "steps", "saved"}
     save_file({

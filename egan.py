@@ -27,7 +27,9 @@ Changes from dcgan.py:
     and freezes it; joint trains it along with them
   - two steps of G for one of D, by --g-steps
   - pictures: one z a row, c from 0 to --sweep over the columns; the last row is grey as bright as
-    what F reads, on average over the column. losses.csv has that for c = 0, 1 and --sweep
+    what F reads, on average over the column. losses.csv has that for c = 0, 1 and --sweep, and for
+    labels how often F is right about images that it never saw
+  - --generate N also draws sweep-5.png: N rows, c from 0 to --sweep, which may be a new one
 
 Differs from the paper:
   - the thesis prints L_D with the signs of a D that says "fake", to be maximised, and calls it a
@@ -44,10 +46,12 @@ Differs from the paper:
   - F's width (64 and 128 channels, 4x4 kernels) is ours, the thesis says only "3 layers"
   - two steps of G for one of D are the thesis' setting for DCGAN; for EGAN it does not say
   - --sweep is 2; the thesis shows sweeps to 1, 2 and 5. Above 1, c was never trained
+  - Zhou's faces are the central 108x108 pixels of CelebA's images; here 128x128
 
     python egan.py                                               # brightness of cartoon faces
     python egan.py --attribute Eyeglasses --extractor joint --out runs/glasses
     python egan.py --data celeba --attribute Mouth_Slightly_Open    # the thesis' mouths
+    python egan.py --data celeba --generate 16 --sweep 5            # and how far they open
 """
 
 import argparse
@@ -151,7 +155,7 @@ class Extractor(nn.Sequential):
 
 
 def init_weights(module):
-    """Sec. 4: weights from N(0, 0.02^2). BatchNorm's scales start around 1, its shifts at 0."""
+    """DCGAN, Sec. 4: weights from N(0, 0.02^2). BatchNorm: scales around 1, shifts at 0."""
     if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
         nn.init.normal_(module.weight, mean=0, std=0.02)
     elif isinstance(module, nn.BatchNorm2d):
@@ -218,7 +222,7 @@ def options(parser):
     parser.set_defaults(lr=2e-4, batch=64, epochs=25)
     parser.epilog = "The defaults are Zhou's (2017). A pretrained F gets as many epochs, before."
     add = parser.add_argument
-    add("--width", type=int, default=64, help="channels at half size (64; paper: 128)")
+    add("--width", type=int, default=64, help="channels at half size (64)")
     add("--g-steps", type=int, default=2, help="G steps per D step (2)")
     add("--attribute", default="brightness", help="brightness, sharpness, or a label of the data")
     add("--extractor", choices=["pretrain", "joint"], default="pretrain", help="F, for labels")
@@ -465,7 +469,8 @@ def record(args, data, parts, rows, picture, total):
     save_image(picture.flatten(0, 1) / 2 + 0.5, file, nrow=picture.shape[1])
     if now == total:
         files = sorted(file.parent.glob("[0-9]*.png"))[::-2][::-1]  # every second, and the last
-        first, *others = (ImageOps.contain(Image.open(file), (600, 600)) for file in files)
+        images = map(Image.open, files)
+        first, *others = (image.reduce(math.ceil(max(image.size) / 600)) for image in images)
         first.save(out / "training.gif", save_all=True, append_images=others, loop=0, duration=150)
     passing = {"resume", "generate", "device", "out", "steps", "saved"}
     save_file({

@@ -19,8 +19,8 @@ Changes from dcgan.py:
 Differs from the paper:
   - the networks are dcgan.py's (the diff then shows the loss and nothing else). The paper's G has
     extra stride-1 layers and z of 1024 numbers, at 112 px; Fabbri (2017) says 128
-  - Adam's learning rate is 1e-3, as in Fabbri's code; with dcgan.py's 2e-4, D was soon so sure
-    that G collapsed on the cartoon faces
+  - with dcgan.py's learning rate, 2e-4, D was soon so sure that G collapsed on the cartoon faces;
+    Fabbri's code has 1e-3
   - Fabbri's code squares the mean of D over the batch. Here it is the mean of the squares
   - Fabbri's text has E over x ~ p_data in L_G, a slip, and his code ends D in a sigmoid, which
     brings back the flat ends that least squares does away with
@@ -57,7 +57,7 @@ from torchvision.utils import save_image
 # --- networks -------------------------------------------------------------------------------------
 
 SIZES = [2**k for k in range(4, 11)]  # image sizes that the networks can be built for: 16 ... 1024
-Z = 100  # how many numbers z has (Sec. 4)
+Z = 100  # how many numbers z has (DCGAN, Sec. 4)
 
 
 class Generator(nn.Sequential):
@@ -115,7 +115,7 @@ class Discriminator(nn.Sequential):
 
 
 def init_weights(module):
-    """Sec. 4: weights from N(0, 0.02^2). BatchNorm's scales start around 1, its shifts at 0."""
+    """DCGAN, Sec. 4: weights from N(0, 0.02^2). BatchNorm: scales around 1, shifts at 0."""
     if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
         nn.init.normal_(module.weight, mean=0, std=0.02)
     elif isinstance(module, nn.BatchNorm2d):
@@ -144,7 +144,7 @@ def options(parser):
     parser.set_defaults(lr=1e-3, batch=64, epochs=25)
     parser.epilog = "--lr is Fabbri's (2017), the other defaults are dcgan.py's."
     add = parser.add_argument
-    add("--width", type=int, default=64, help="channels at half size (64; paper: 128)")
+    add("--width", type=int, default=64, help="channels at half size (64)")
     add("--labels", type=float, nargs=3, default=[0, 1, 1], help="a b c (0 1 1)")
     return {"batch": 16, "epochs": 50}  # small batches: more steps for the same time
 
@@ -279,7 +279,8 @@ def record(args, data, parts, rows, picture, total):
     save_image(picture.flatten(0, 1) / 2 + 0.5, file, nrow=picture.shape[1])
     if now == total:
         files = sorted(file.parent.glob("[0-9]*.png"))[::-2][::-1]  # every second, and the last
-        first, *others = (ImageOps.contain(Image.open(file), (600, 600)) for file in files)
+        images = map(Image.open, files)
+        first, *others = (image.reduce(math.ceil(max(image.size) / 600)) for image in images)
         first.save(out / "training.gif", save_all=True, append_images=others, loop=0, duration=150)
     passing = {"resume", "generate", "device", "out", "steps", "saved"}
     save_file({

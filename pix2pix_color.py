@@ -25,8 +25,8 @@ Changes from dcgan.py:
   - layers without BatchNorm have a bias, the autoencoder's others too; no --g-steps; batches of 16,
     8 epochs
   - RGB becomes Lab and back; a training image is mirrored half of the time
-  - at most 64 images are held out, evenly spread, and never trained on. Pictures show them in
-    triples, grey, coloured, true; --generate N writes the first N of them, coloured
+  - 64 images are held out, and never trained on. Pictures show them in triples, grey, coloured,
+    true; --generate N writes the first N of them, coloured
   - --colorize FILE... colours photos of any size: they keep their size and their lightness
   - losses.csv: D(y) and D(G(x)) are D's mean outputs. On the held-out images, L1 is the mean error
     of a and b in units of Lab; L1/grey is L1 divided by that of no colour at all; PSNR is in dB,
@@ -37,9 +37,9 @@ Changes from dcgan.py:
 Differs from the paper:
   - pictures are made without dropout and with BatchNorm's running averages (eval mode), so that a
     photo gets the same colours every time; the paper keeps the dropout and the batch's statistics
-  - the paper has 256 px, ImageNet, batches of 4 and about 6 epochs for colour. --size may be 64 or
-    128 too, with 6 or 7 levels in the U-Net in place of 8; patches stay 70x70, more than an image
-    of 64 has. Batches of 16 keep a GPU busy. 8 epochs are Fabbri's, also in batches of 4; he has
+  - the paper has 256 px, ImageNet, batches of 4 and about 6 epochs for colour. --size is 128
+    here, and may be 64 or 256, with 7, 6 or 8 levels in the U-Net; patches stay 70x70, which is
+    more than an image of 64 has. Batches of 16 keep a GPU busy. 8 epochs are Fabbri's, also in batches of 4; he has
     random crops, the paper mirrors only
   - the fakes of D's last step serve G's step too, as in the paper's code; WGAN's Alg. 1 draws new
     ones. WGAN's scores are means over patches, so -L_D estimates a mean of distances of patches
@@ -55,7 +55,7 @@ Differs from the paper:
   - Fabbri leaves grey photos out of the training data; here they stay in
 
     python pix2pix_color.py                                        # cartoon faces, on a CPU
-    python pix2pix_color.py --data celeba --size 128               # nearly as Fabbri
+    python pix2pix_color.py --data celeba                          # nearly as Fabbri
     python pix2pix_color.py --data celeba --colorize old/*.jpg     # your photos, by that run
     python pix2pix_color.py --adversarial ebgan --out runs/energy  # another adversarial loss
 """
@@ -305,7 +305,7 @@ class Colorize(argparse.Action):
 
 def options(parser):
     """This paper's defaults and own flags. Returns what is different on the cartoon faces."""
-    parser.set_defaults(batch=16, epochs=8)
+    parser.set_defaults(size=128, batch=16, epochs=8)
     parser.epilog = ("--lr is 2e-4 by default, with wgan 5e-5. --lr, --gan, --l1 are the paper's, "
                      "--clip, --critic, wgan's --lr the WGAN paper's, --epochs Fabbri's (2017).")
     add = parser.add_argument
@@ -320,7 +320,7 @@ def options(parser):
     add("--critic", type=int, default=5, help="D steps per G step of wgan (5)")
     add("--colorize", nargs="+", metavar="FILE", action=Colorize,
         help="colour these photos with the checkpoint")
-    return {"batch": 16, "epochs": 5, "width": 32}
+    return {"size": 64, "batch": 16, "epochs": 5, "width": 32}
 
 
 def train(args, data):
@@ -539,7 +539,8 @@ def record(args, data, parts, rows, picture, total):
     save_image(picture.flatten(0, 1) / 2 + 0.5, file, nrow=picture.shape[1])
     if now == total:
         files = sorted(file.parent.glob("[0-9]*.png"))[::-2][::-1]  # every second, and the last
-        first, *others = (ImageOps.contain(Image.open(file), (600, 600)) for file in files)
+        images = map(Image.open, files)
+        first, *others = (image.reduce(math.ceil(max(image.size) / 600)) for image in images)
         first.save(out / "training.gif", save_all=True, append_images=others, loop=0, duration=150)
     passing = {"resume", "generate", "device", "out", "steps", "saved"}
     save_file({

@@ -299,7 +299,8 @@ def record(args, data, parts, rows, picture, total):
     save_image(picture.flatten(0, 1) / 2 + 0.5, file, nrow=picture.shape[1])
     if now == total:
         files = sorted(file.parent.glob("[0-9]*.png"))[::-2][::-1]  # every second, and the last
-        first, *others = (ImageOps.contain(Image.open(file), (600, 600)) for file in files)
+        images = map(Image.open, files)
+        first, *others = (image.reduce(math.ceil(max(image.size) / 600)) for image in images)
         first.save(out / "training.gif", save_all=True, append_images=others, loop=0, duration=150)
     passing = {"resume", "generate", "device", "out", "steps", "saved"}
     save_file({

@@ -7,7 +7,7 @@ best such critic attains it. The bound comes from clipping every weight of the c
 has a useful gradient everywhere, so the critic may be trained hard; and it can be watched falling.
 
     L_D = E[D(G(z))] - E[D(x)]      W = -L_D, the estimate of the distance (Eq. 2 and 3)
-    L_G = -E[D(G(z))]               Alg. 1, line 11
+    L_G = -E[D(G(z))]               Alg. 1, line 10
 
 Changes from dcgan.py:
   - the losses: means of D's outputs, which are scores without a sigmoid
@@ -23,7 +23,9 @@ Differs from the paper:
     does not, and neither does this
   - Fabbri (2017) quotes the paper's clip as 0.1 and found 0.05 better; his code has 0.005. The
     paper has 0.01. His critic ends in a LeakyReLU, which the paper's does not
-  - an epoch is counted in G steps: the critic sees five times as many images
+  - an epoch is counted in G steps: the critic sees five times as many images. The 25 epochs of the
+    paper's code count the critic's images, and are about five of ours
+  - Fabbri's faces are the central 60 % of CelebA's images; here they are the central 128x128 pixels
 
     python wgan.py                                                  # cartoon faces, on a CPU
     python wgan.py --data celeba                                    # as Fabbri
@@ -57,7 +59,7 @@ from torchvision.utils import save_image
 # --- networks -------------------------------------------------------------------------------------
 
 SIZES = [2**k for k in range(4, 11)]  # image sizes that the networks can be built for: 16 ... 1024
-Z = 100  # how many numbers z has (Sec. 4)
+Z = 100  # how many numbers z has (DCGAN, Sec. 4)
 
 
 class Generator(nn.Sequential):
@@ -115,7 +117,7 @@ class Discriminator(nn.Sequential):
 
 
 def init_weights(module):
-    """Sec. 4: weights from N(0, 0.02^2). BatchNorm's scales start around 1, its shifts at 0."""
+    """DCGAN, Sec. 4: weights from N(0, 0.02^2). BatchNorm: scales around 1, shifts at 0."""
     if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
         nn.init.normal_(module.weight, mean=0, std=0.02)
     elif isinstance(module, nn.BatchNorm2d):
@@ -144,7 +146,7 @@ def options(parser):
     parser.set_defaults(lr=5e-5, batch=64, epochs=25)
     parser.epilog = "--lr, --batch, --clip and --critic are the paper's, --epochs its code's."
     add = parser.add_argument
-    add("--width", type=int, default=64, help="channels at half size (64; paper: 128)")
+    add("--width", type=int, default=64, help="channels at half size (64)")
     add("--clip", type=float, default=0.01, help="c, the largest weight (0.01)")
     add("--critic", type=int, default=5, help="critic steps per G step (5)")
     return {"batch": 16, "epochs": 25}  # small batches: more steps for the same time
@@ -282,7 +284,8 @@ def record(args, data, parts, rows, picture, total):
     save_image(picture.flatten(0, 1) / 2 + 0.5, file, nrow=picture.shape[1])
     if now == total:
         files = sorted(file.parent.glob("[0-9]*.png"))[::-2][::-1]  # every second, and the last
-        first, *others = (ImageOps.contain(Image.open(file), (600, 600)) for file in files)
+        images = map(Image.open, files)
+        first, *others = (image.reduce(math.ceil(max(image.size) / 600)) for image in images)
         first.save(out / "training.gif", save_all=True, append_images=others, loop=0, duration=150)
     passing = {"resume", "generate", "device", "out", "steps", "saved"}
     save_file({
