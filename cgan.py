@@ -405,15 +405,14 @@ def load_images(name, size, root="data", split="train"):
     split is "train" or "test"; a folder is always taken whole. The order is random, but always the
     same; unreadable files and exact copies are left out, and counted.
     """
-    if name not in SETS and not Path(name).is_dir():
-        refuse(f"--data {name} is no folder, and none of {', '.join(SETS)}")
     try:
         items, open_item, labels, names = find_images(name, size, Path(root), split)
         times = [os.path.getmtime(item) for item in items if isinstance(item, str)]
     except Exception as error:  # a damaged file or a download can raise anything
-        refuse(f"--data {name}: {error!r}. For celeba, unzip img_align_celeba.zip below --root and "
-               "put list_attr_celeba.txt or .csv there: https://mmlab.ie.cuhk.edu.hk/projects/"
-               "CelebA.html; for lsun_church, church_outdoor_train_lmdb.zip: http://dl.yf.io/lsun")
+        refuse(f"--data {name}: {error!r}. It is a folder of images, or one of {', '.join(SETS)}. "
+               "For celeba, unzip img_align_celeba.zip below --root, put list_attr_celeba.txt or"
+               " .csv there (https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html); for lsun_church, "
+               "church_outdoor_train_lmdb.zip (http://dl.yf.io/lsun)")
     stamp = hashlib.sha1(repr((items, names, times)).encode() + labels.tobytes()).hexdigest()
     key = name if name in SETS else hashlib.sha1(bytes(Path(name).resolve())).hexdigest()[:16]
     cache = Path(root) / "prepared" / f"{key}-{size}-{split}.pt"

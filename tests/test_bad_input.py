@@ -44,12 +44,12 @@ def desk(tmp_path, monkeypatch, capsys):
 
 
 TABLE = [
-    ("--data nothing", "nothing is no folder, and none of cartoon, mnist"),
-    ("--data no/such/folder", "no folder"),
+    ("--data nothing", "It is a folder of images, or one of cartoon, mnist"),
+    ("--data no/such/folder", "no/such/folder: FileNotFound"),
     ("--data empty", "empty"),
     ("--data words", "words"),
     ("--data broken", "broken"),
-    ("--data file", "file is no folder"),
+    ("--data file", "Not a directory"),
     ("--data celeba --root .", "list_attr_celeba.txt"),
     ("--data lsun_church --root empty", "church_outdoor_train_lmdb"),
     ("--size 33", "--size"),
