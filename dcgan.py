@@ -150,7 +150,7 @@ def options(parser):
     parser.set_defaults(lr=2e-4, batch=64, epochs=25)
     parser.epilog = "--lr is the paper's, --batch is Zhou's (2017), --epochs are pytorch/examples'."
     add = parser.add_argument
-    add("--width", type=int, default=64, help="channels at half size (64; paper: 128)")
+    add("--width", type=int, default=64, help="channels at half size (64)")
     add("--g-steps", type=int, default=1, help="G steps per D step (1; Zhou: 2)")
     return {"batch": 16, "epochs": 50}  # small batches: more steps for the same time
 

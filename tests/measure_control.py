@@ -2,10 +2,9 @@
 
     python tests/measure_control.py runs/cgan-cartoon runs/acgan-cartoon runs/egan-cartoon
 
-The classifier is trained here, on real images: 10,240 cartoon faces drawn from a seed of its own,
-or the training images of the run's data set (--root says where it is). For cgan and acgan it says
-for each label how many of 2,000 images have it as asked; for egan what it reads as c rises, on
-average and for each of 64 z.
+The classifier is trained here, on the training images of the run's data set (--root says where it
+is), and tested on others. For cgan and acgan it says for each label how many of 2,000 images have
+it as asked; for egan what it reads as c rises, on average and for each of 64 z.
 """
 
 import argparse
@@ -16,19 +15,20 @@ from torch import nn
 
 
 def open_run(out):
-    """-> the script as a module, its settings, what train() hands to fit(), weights loaded."""
-    saved = torch.load(f"{out}/checkpoint.pt", map_location="cpu")
-    module, caught = load(HERE / f"{saved['script']}.py"), {}
-    args, saved = module.command_line(["--out", out, "--generate", "1", "--device", "cpu"])
-    module.check(args, saved)
+    """-> the script as a module, its settings, data, and what train() hands to fit()."""
+    form = torch.load(f"{out}/checkpoint.pt", map_location="cpu")["form"]
+    module, caught = load(HERE / f"{form.split()[0]}.py"), {}
+    args = module.command_line(["--out", str(out), "--generate", "1", "--device", "cpu"])
 
     def fit(args, data, step, draw, parts, grid=None, measure=dict):
-        caught.update(data=data, parts=parts)
+        caught.update(draw=draw, parts=parts)
 
-    module.fit = fit
-    module.train(args, module.Data(*saved["data"]))
-    module.load_checkpoint(args, caught["parts"])
-    return module, args, caught["data"], caught["parts"]
+    original, module.fit = module.fit, fit
+    data = module.Data(*args.saved["data"])
+    module.train(args, data)
+    module.fit = original
+    module.restore(args, caught["parts"])
+    return module, args, data, caught
 
 
 def classifier(data, epochs=4, batch=64):
@@ -104,15 +104,17 @@ def main():
     parser.add_argument("--root", default="data")
     asked, judges = parser.parse_args(), {}
     for out in asked.runs:
-        module, args, data, parts = open_run(out)
-        key = (args.data, args.size)
+        module, args, data, caught = open_run(out)
+        parts, key = caught["parts"], (args.data, args.size)
         if key not in judges:
-            if args.data == "cartoon":
-                real = module.draw_cartoons(10_240, args.size, seed="classifier")
-            else:
-                real = module.load_images(args.data, args.size, asked.root)
+            real = module.load_images(args.data, args.size, asked.root)
+            if args.data in module.SETS:
+                test = module.load_images(args.data, args.size, asked.root, split="test")
+            else:  # a folder is taken whole: a tenth of it is held out
+                n = len(real.images) // 10
+                test = module.Data(real.images[:n], real.labels[:n], real.names)
+                real = module.Data(real.images[n:], real.labels[n:], real.names)
             judges[key] = classifier(real)
-            test = module.load_images(args.data, args.size, asked.root, split="test")
             with torch.no_grad():
                 found = right(judges[key](test.images / 127.5 - 1), test.labels.float())
             print(f"the classifier, on {len(test.images):,} test images of {args.data}:")
