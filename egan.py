@@ -240,9 +240,7 @@ def train(args, data):
     opt_G = torch.optim.Adam(G.parameters(), lr=args.lr, betas=(0.5, 0.999))
     opt_D = torch.optim.Adam(D.parameters(), lr=args.lr, betas=(0.5, 0.999))
     F, step_F, parts_F, measure_F = build_extractor(args, data)
-    if args.rep is None:  # flat drawings need more: see "Differs from the paper"
-        usual = 20.0 if args.attribute in FORMULAS else 5.0
-        args.rep = usual if args.data == "cartoon" else 1.0
+    columns = torch.linspace(0, args.sweep, 9, device=args.device)  # c in pictures
 
     def step():
         """One round of Alg. 1 of Goodfellow et al. 2014, with F."""
@@ -278,7 +276,7 @@ def train(args, data):
 
     def grid():
         """One z a row, one c a column; the last row is as bright as F's mean reading above it."""
-        images = sweep(G, 8, torch.linspace(0, args.sweep, 9, device=args.device))
+        images = sweep(G, 8, columns)
         readings = F(images.flatten(0, 1)).sigmoid().unflatten(0, (8, 9)).mean(0)
         grey = (2 * readings - 1).view(1, 9, 1, 1, 1)
         return torch.cat([images, grey.expand_as(images[:1])])
@@ -291,11 +289,8 @@ def train(args, data):
 
     parts = {"G": G, "D": D, "opt_G": opt_G, "opt_D": opt_D, **parts_F}
     fit(args, data, step, draw, parts, grid, measure)
-    if args.generate:  # beside the single images, for which c is 0 or 1
-        with preview(args, G):
-            c = torch.linspace(0, args.sweep, 9, device=args.device)
-            images = sweep(G, min(args.generate, 64), c).flatten(0, 1)
-        save_image(images / 2 + 0.5, Path(args.out) / f"sweep-{args.sweep:g}.png", nrow=9)
+    if args.generate:
+        save_sweep(args, G, columns)
 
 
 def sample_w(n, device):
@@ -311,6 +306,13 @@ def sweep(G, rows, values):
     return G(torch.cat([z, c], dim=2).flatten(0, 1)).unflatten(0, (rows, len(values)))
 
 
+def save_sweep(args, G, columns):
+    """--generate: beside the single images, for which c is 0 or 1, a picture of sweeps."""
+    with preview(args, G):
+        images = sweep(G, min(args.generate, 64), columns).flatten(0, 1)
+    save_image(images / 2 + 0.5, Path(args.out) / f"sweep-{args.sweep:g}.png", nrow=9)
+
+
 def build_extractor(args, data):
     """-> F: images to logits (B,); a training step for it; its parts; further columns of the log.
 
@@ -320,6 +322,9 @@ def build_extractor(args, data):
     images, at most 500, is kept from it: acc(F) is how often it reads these right, acc(guess) how
     often one is right who always says the same.
     """
+    if args.rep is None:  # flat drawings need more: see "Differs from the paper"
+        usual = 20.0 if args.attribute in FORMULAS else 5.0
+        args.rep = usual if args.data == "cartoon" else 1.0
     if args.attribute in FORMULAS:
         formula = FORMULAS[args.attribute]
         return lambda images: torch.logit(formula(images), eps=1e-6), dict, {}, dict
