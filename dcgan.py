@@ -152,7 +152,7 @@ def options(parser):
     add = parser.add_argument
     add("--width", type=int, default=64, help="channels at half size (64)")
     add("--g-steps", type=int, default=1, help="G steps per D step (1; Zhou: 2)")
-    return {"batch": 16, "epochs": 50}  # small batches: more steps for the same time
+    return {"width": 32, "batch": 32, "lr": 5e-4}  # faces within a minute on a CPU
 
 
 def train(args, data):
