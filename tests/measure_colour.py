@@ -43,7 +43,8 @@ def main():
         module, args, _, caught = open_run(out)
         images = module.load_images(args.data, args.size, asked.root).images
         rows = args.saved["rows"][-10:]
-        means = [sum(row[name] for row in rows) / len(rows) for name in ("L1/grey", "PSNR", "chroma")]
+        means = [sum(row[name] for row in rows) / len(rows)
+                 for name in ("L1/grey", "PSNR", "chroma")]
         print(f"| {args.adversarial} | {args.gan:g} | {args.l1:g} | {args.l2:g} | "
               f"{args.saved['step']:,} | {ratio(module, args, images, caught['parts']):.3g} | "
               + " | ".join(f"{mean:.2f}" for mean in means) + " |", flush=True)

@@ -2,10 +2,14 @@
 
 import ast
 import difflib
+import re
+import shlex
+import subprocess
 
 import pytest
-from conftest import EVALUATOR, HERE, SCRIPTS
+from conftest import EVALUATOR, HERE, SCRIPTS, load
 
+README = (HERE / "README.md").read_text()
 PAPER = {"Generator", "Discriminator", "d_loss", "g_loss", "options", "train", "SIZES", "Z"}
 LINE = "# --- the same in every script from here on"
 
@@ -68,13 +72,36 @@ def changed_lines(name, base="dcgan"):
     return sum(max(b - a, d - c) for kind, a, b, c, d in blocks if kind != "equal")
 
 
-def test_the_readme_tells_how_much_changes(script):
-    """The table's last column; and the two promises of a small diff."""
-    row = next(line for line in (HERE / "README.md").read_text().splitlines()
-               if line.startswith(f"| [{script}.py]"))
+def test_the_readme_tells_how_long_and_how_much_changes(script):
+    """Two columns of the table; and the promises of a small diff."""
+    row = next(line for line in README.splitlines() if line.startswith(f"| [{script}.py]"))
+    lines, changed = (cell.strip() for cell in row.split("|")[4:6])
     expected = str(changed_lines(script)) if script != "dcgan" else "-"
     if script == "acgan":
-        expected += f" ({changed_lines(script, 'sngan')} from sngan.py)"
-    assert row.split("|")[-2].strip() == expected
+        expected += f" ({changed_lines(script, 'sngan')} from sngan)"
+    assert changed == expected
+    assert lines == str((HERE / f"{script}.py").read_text().count("\n"))
     most = {"lsgan": 20, "wgan": 40, "pix2pix_color": 330}.get(script, 200)
     assert changed_lines(script) <= most
+
+
+def test_the_diff_in_the_readme_is_the_diff():
+    block = README.split("losses of `diff dcgan.py lsgan.py`:")[1].split("\nAll have")[0]
+    shown = [" ".join(line.split()) for line in block.splitlines()
+             if line.strip()[:1] in ("<", ">")]
+    found = subprocess.run(["diff", "dcgan.py", "lsgan.py"], cwd=HERE, capture_output=True,
+                           text=True).stdout
+    found = [" ".join(line.split()) for line in found.splitlines()]
+    assert all(line in found for line in shown) and len(shown) == 8
+
+
+COMMANDS = r"(?:python |`|torchrun .* )((?:" + "|".join(SCRIPTS) + r")\.py(?: [^\s`;&|]+)*)"
+
+
+@pytest.mark.parametrize("command", sorted(set(re.findall(COMMANDS, README))))
+def test_every_command_of_the_readme_is_understood(command, tmp_path):
+    name, *flags = shlex.split(command)
+    if {"--generate", "--resume", "--colorize", "--help", "$e"} & set(flags):
+        return  # they want a run, or a shell
+    args = load(HERE / name).command_line([*flags, "--out", str(tmp_path / "run")])
+    assert args.data and args.saved == {}
