@@ -23,7 +23,8 @@ Differs from the paper:
   - ReLU and LeakyReLU networks with Adam, batches of 32 and uniform z, as in Fabbri (2017); the
     paper's D has maxout and dropout, and its optimiser is SGD with momentum
   - Adam's beta1 is 0.5 (as DCGAN has it) and the learning rate 5e-4. With Fabbri's 0.9 and 1e-4,
-    and with either of them, D won on the cartoon faces, and all fakes stayed alike
+    MNIST was a few kinds of 7 and 9 after 12,000 steps of 32 (he shows 65 epochs, ten times as
+    many), and with ours all ten digits. On the cartoon faces D won, and all fakes stayed alike
   - pixels are in [-1, 1] and G ends in a tanh, as in all scripts here; the paper and Fabbri have
     [0, 1] and a sigmoid
   - D returns logits; the losses of logits stay exact where log(sigmoid) would overflow
@@ -124,7 +125,7 @@ def options(parser):
     parser.set_defaults(lr=5e-4, batch=32, epochs=50)
     parser.epilog = "--batch is Fabbri's (2017), --lr and --epochs are ours."
     parser.add_argument("--saturating", action="store_true", help="G's loss as in Eq. 1")
-    return {"epochs": 100}  # 8,000 steps
+    return {"epochs": 50}  # 4,000 steps
 
 
 def train(args, data):

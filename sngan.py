@@ -166,7 +166,7 @@ def options(parser):
     parser.epilog = "All defaults are Espis and Potrimba's (2020)."
     add = parser.add_argument
     add("--width", type=int, default=128, help="channels of every layer (128)")
-    return {"batch": 16, "epochs": 25, "width": 64, "lr": 1e-3}  # for minutes on a CPU
+    return {"width": 32, "batch": 32, "lr": 2e-3, "epochs": 25}  # faces within a minute on a CPU
 
 
 def train(args, data):

@@ -149,7 +149,7 @@ def options(parser):
     add("--width", type=int, default=64, help="channels at half size (64)")
     add("--clip", type=float, default=0.01, help="c, the largest weight (0.01)")
     add("--critic", type=int, default=5, help="critic steps per G step (5)")
-    return {"batch": 16, "epochs": 25}  # small batches: more steps for the same time
+    return {"width": 32, "batch": 32, "lr": 2e-4, "epochs": 15}  # faces within minutes on a CPU
 
 
 def train(args, data):
