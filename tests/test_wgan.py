@@ -63,7 +63,7 @@ def test_critic_steps_on_new_images_then_one_g_step(monkeypatch, critic):
 
 
 def test_rmsprop_without_momentum(monkeypatch):
-    run = build(monkeypatch)
+    run = build(monkeypatch, "--data", "mnist")
     for name in ("opt_G", "opt_D"):
         optimiser = run["parts"][name]
         assert type(optimiser) is torch.optim.RMSprop
