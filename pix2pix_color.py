@@ -320,7 +320,7 @@ def options(parser):
     add("--critic", type=int, default=5, help="D steps per G step of wgan (5)")
     add("--colorize", nargs="+", metavar="FILE", action=Colorize,
         help="colour these photos with the checkpoint")
-    return {"size": 64, "batch": 16, "epochs": 5, "width": 32}
+    return {"size": 64, "batch": 16, "epochs": 3, "width": 32}
 
 
 def train(args, data):
