@@ -37,7 +37,9 @@ Differs from the papers:
     a linear layer on the whole row, as here, is the sum of such embeddings
   - on cartoon --aux is 3 and the learning rate 4e-3. With 1 and 1e-3, the second head could tell
     69 % of real faces' smiles at the end and 99.8 % of the fakes': G and D had agreed on a sign of
-    their own, which is no smile. With 5 and 1e-3, the pictures were speckled
+    their own, which is no smile. With 5 and 1e-3, the pictures were speckled. On photographs of
+    faces, with 1 (32 px, --width 32, 1e-3, 700 steps of 32), acc(G(z)) was 1.00 and acc(x) 0.73,
+    where always guessing has 0.72: watch these two columns, and raise --aux if they part
 
     python acgan.py                              # cartoon faces, on a CPU, no download
     python acgan.py --data celeba                # as Espis and Potrimba: FID 19.42 in their report
