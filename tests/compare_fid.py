@@ -66,9 +66,9 @@ def draw(folder, n, sizes, end, seed=0):
 
 
 def features_of(folder, net, batch=32):
-    files = fid.list_images(folder)
-    batches = fid.read_ahead(files, batch)
-    return torch.cat(list(fid.features_of(batches, len(files), folder.name, net, cpu)))
+    with torch.no_grad():
+        batches = fid.read_ahead(fid.list_images(folder), None, batch)
+        return torch.cat([net(fid.to_input(images, cpu)) for images in batches])
 
 
 def their_features(folder, model, batch=50, workers=2):
@@ -160,9 +160,7 @@ def compare_files(desk, weights):
     fid.main([str(a), "--save", str(desk / "ours.npz"), *common])
 
     def ours(first):
-        args = fid.read_arguments([str(first), str(b), *common])
-        fid.check_arguments(args)
-        return fid.score(args)[0]
+        return next(fid.report_score(fid.command_line([str(first), str(b), *common])))[0]
 
     found = {"pytorch-fid, folders": theirs.calculate_fid_given_paths([str(a), str(b)], 5, cpu,
                                                                       2048, 0)}
@@ -184,7 +182,6 @@ def main():
     args = parser.parse_args()
     torch.manual_seed(0)
     theirs.tqdm = lambda batches: batches
-    fid.progress = lambda line, last=False: None
     print(json.dumps({"torch": torch.__version__, "numpy": np.__version__,
                       "threads": torch.get_num_threads(), "rounds": args.rounds}), "\n")
     with tempfile.TemporaryDirectory() as name:
