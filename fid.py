@@ -524,7 +524,7 @@ def compare(real, of_real, fake, of_fake, weights):
     return result, f"{line}   ({details})"
 
 
-def command_line(argv):
+def read_arguments(argv):
     """-> the settings, checked before anything is computed."""
     parser = argparse.ArgumentParser(
         f"{SCRIPT}.py", argparse.SUPPRESS, __doc__, allow_abbrev=False,
@@ -577,7 +577,7 @@ def command_line(argv):
 def main(argv=None):
     """Run with these arguments; None means those of the shell."""
     try:
-        args = command_line(argv)
+        args = read_arguments(argv)
         torch.backends.cudnn.allow_tf32 = False  # float32, not TF32, on a GPU too
         torch.backends.cudnn.benchmark = True
         stdout, report = sys.stdout, report_quality if args.quality_index else report_score

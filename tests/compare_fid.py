@@ -160,7 +160,7 @@ def compare_files(desk, weights):
     fid.main([str(a), "--save", str(desk / "ours.npz"), *common])
 
     def ours(first):
-        return next(fid.report_score(fid.command_line([str(first), str(b), *common])))[0]
+        return next(fid.report_score(fid.read_arguments([str(first), str(b), *common])))[0]
 
     found = {"pytorch-fid, folders": theirs.calculate_fid_given_paths([str(a), str(b)], 5, cpu,
                                                                       2048, 0)}
