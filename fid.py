@@ -254,9 +254,10 @@ def load_inception(path, device):
 def to_input(images, device):
     """uint8 (C, H, W), a list or a tensor of them -> (B, 3, 299, 299) in [-1, 1].
 
-    Bilinear, not antialiased. A list of different sizes is resized one by one.
+    Bilinear, not antialiased. Different sizes are resized one by one, and so are photographs: a
+    batch of them as floats fills gigabytes.
     """
-    if len({image.shape for image in images}) > 1:
+    if len(images) > 1 and (len({x.shape for x in images}) > 1 or images[0].numel() > 1_000_000):
         return torch.cat([to_input([image], device) for image in images])
     x = images if torch.is_tensor(images) else torch.stack(images)
     x = x.to(device).expand(-1, 3, -1, -1) / 255
@@ -584,8 +585,10 @@ def main(argv=None):
         with contextlib.redirect_stdout(sys.stderr if args.json else stdout):
             for result, line in report(args):
                 print(json.dumps(result) if args.json else line, file=stdout, flush=True)
-    except (OSError, MemoryError, torch.OutOfMemoryError) as error:
-        refuse(error)
+    except (OSError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "allocate" not in str(error):
+            raise  # torch's error for too little memory is no other
+        refuse(str(error) or "too little memory")
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -630,6 +633,10 @@ def load_file(path, mmap=False):
 Data = namedtuple("Data", "images labels names")  # (N, C, size, size) uint8; (N, K) 0 or 1; K names
 SETS = {"cartoon": 32, "mnist": 28, "fashion_mnist": 28, "cifar10": 32, "celeba": 64,
         "lsun_church": 128}  # those with a name, and their usual sizes
+NEEDED = {
+    "celeba": "img_align_celeba.zip, unzipped below --root, and list_attr_celeba.txt or .csv "
+              "(https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html)",
+    "lsun_church": "church_outdoor_train_lmdb.zip, unzipped in --root (http://dl.yf.io/lsun)"}
 
 
 def load_images(name, size, root="data", split="train"):
@@ -642,10 +649,8 @@ def load_images(name, size, root="data", split="train"):
         items, open_item, labels, names = find_images(name, size, Path(root), split)
         times = [os.path.getmtime(item) for item in items if isinstance(item, str)]
     except Exception as error:  # a damaged file or a download can raise anything
-        refuse(f"--data {name}: {error!r}. It is a folder of images, or one of {', '.join(SETS)}. "
-               "For celeba, unzip img_align_celeba.zip below --root, put list_attr_celeba.txt or"
-               " .csv there (https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html); for lsun_church, "
-               "church_outdoor_train_lmdb.zip (http://dl.yf.io/lsun)")
+        usual = f"an undamaged copy, or a folder of images, or one of {', '.join(SETS)}"
+        refuse(f"--data {name}: {error!r}. What is needed: {NEEDED.get(name, usual)}")
     stamp = hashlib.sha1(repr((items, names, times)).encode() + labels.tobytes()).hexdigest()
     key = name if name in SETS else hashlib.sha1(bytes(Path(name).resolve())).hexdigest()[:16]
     cache = Path(root) / "prepared" / f"{key}-{size}-{split}.pt"

@@ -216,7 +216,11 @@ def fit(args, data, step, draw, parts, grid=None, measure=dict):
     grid()     what pictures show -> (rows, columns, C, size, size); by default 8 x 8 of draw()
     measure()  further columns -> {column: number}; by default none
     """
-    restore(args, parts)
+    try:
+        for name, state in args.saved.get("parts", {}).items():
+            parts[name].load_state_dict(state)
+    except Exception as error:  # there is nothing that foreign content cannot raise
+        refuse(f"the checkpoint does not fit these networks: {error}")
     if args.generate:
         return generate(args, draw, parts["G"])
     batch, out = args.batch * RANKS, Path(args.out)  # batch: the images of all processes
@@ -300,15 +304,6 @@ def record(args, data, parts, rows, picture, total):
         print("MODE COLLAPSE: all images look alike (their spread is below 0.1)", flush=True)
 
 
-def restore(args, parts):
-    """Put back what record() saved, if there is anything."""
-    try:
-        for name, part in parts.items() if args.saved else ():
-            part.load_state_dict(args.saved["parts"][name])
-    except Exception as error:  # there is nothing that foreign content cannot raise
-        refuse(f"the checkpoint does not fit these networks: {error}")
-
-
 @contextlib.contextmanager
 def preview(args, G):
     """Inside: G in eval mode, no gradients, the same random numbers every time."""
@@ -376,6 +371,10 @@ def load_file(path, mmap=False):
 Data = namedtuple("Data", "images labels names")  # (N, C, size, size) uint8; (N, K) 0 or 1; K names
 SETS = {"cartoon": 32, "mnist": 28, "fashion_mnist": 28, "cifar10": 32, "celeba": 64,
         "lsun_church": 128}  # those with a name, and their usual sizes
+NEEDED = {
+    "celeba": "img_align_celeba.zip, unzipped below --root, and list_attr_celeba.txt or .csv "
+              "(https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html)",
+    "lsun_church": "church_outdoor_train_lmdb.zip, unzipped in --root (http://dl.yf.io/lsun)"}
 
 
 def sample_batch(data, n, device):
@@ -394,10 +393,8 @@ def load_images(name, size, root="data", split="train"):
         items, open_item, labels, names = find_images(name, size, Path(root), split)
         times = [os.path.getmtime(item) for item in items if isinstance(item, str)]
     except Exception as error:  # a damaged file or a download can raise anything
-        refuse(f"--data {name}: {error!r}. It is a folder of images, or one of {', '.join(SETS)}. "
-               "For celeba, unzip img_align_celeba.zip below --root, put list_attr_celeba.txt or"
-               " .csv there (https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html); for lsun_church, "
-               "church_outdoor_train_lmdb.zip (http://dl.yf.io/lsun)")
+        usual = f"an undamaged copy, or a folder of images, or one of {', '.join(SETS)}"
+        refuse(f"--data {name}: {error!r}. What is needed: {NEEDED.get(name, usual)}")
     stamp = hashlib.sha1(repr((items, names, times)).encode() + labels.tobytes()).hexdigest()
     key = name if name in SETS else hashlib.sha1(bytes(Path(name).resolve())).hexdigest()[:16]
     cache = Path(root) / "prepared" / f"{key}-{size}-{split}.pt"
@@ -621,7 +618,7 @@ def main(argv=None):
         # Of torch's own errors, too little memory and a lost process are not ours to mend.
         if isinstance(error, RuntimeError) and "allocate" not in str(error) and RANKS == 1:
             raise
-        refuse(error)
+        refuse(str(error) or "too little memory")
     except KeyboardInterrupt:
         sys.exit(130)
 

@@ -4,6 +4,7 @@ import functools
 import importlib.util
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -96,6 +97,22 @@ def shell(*args, code=None, **options):
     """Run Python in a process of its own -> the finished process, with its output as text."""
     command = [sys.executable, *(["-c", code] if code else []), *map(str, args)]
     return subprocess.run(command, capture_output=True, text=True, timeout=300, **options)
+
+
+def forked(module, *args):
+    """Run main() in a copy of this process, which may be killed -> exit status, or -signal.
+
+    A fork need not import torch again, and knows what a test has patched.
+    """
+    child = os.fork()
+    if child == 0:
+        os._exit(call(module, *args))
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def die(*args):
+    """What kill -9 does."""
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def cartoons(module, n, size):

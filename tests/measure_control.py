@@ -27,7 +27,8 @@ def open_run(out):
     data = module.Data(*args.saved["data"])
     module.train(args, data)
     module.fit = original
-    module.restore(args, caught["parts"])
+    for name, state in args.saved["parts"].items():
+        caught["parts"][name].load_state_dict(state)
     return module, args, data, caught
 
 

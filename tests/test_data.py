@@ -83,6 +83,14 @@ def test_mnist_idx_files(tmp_path, name, folder):
     assert len(dcgan.load_images(name, 32, tmp_path, split="test").images) == 4
 
 
+def test_damaged_digits_are_told(tmp_path, capsys):
+    folder = tmp_path / "MNIST" / "raw"
+    folder.mkdir(parents=True)
+    for part in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1"):
+        (folder / f"{part}-ubyte").write_bytes(struct.pack(">iiii", 2051, 60_000, 28, 28) + b"cut")
+    assert "an undamaged copy" in refused(capsys, "mnist", 28, tmp_path)
+
+
 def test_cifar10_pickles(tmp_path, monkeypatch):
     folder = tmp_path / "cifar-10-batches-py"
     folder.mkdir()

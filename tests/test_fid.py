@@ -610,16 +610,15 @@ def test_other_weights_are_never_called_fid(desk, capsys):
     assert "FD" in json.loads(run(capsys, "foreign.npz", "right.npz", "--json").out)
 
 
-def test_alone_in_a_folder(tmp_path):
+def test_alone_in_a_folder(tmp_path, capsys):
     """Importing does nothing; help is there; errors are one line, without a traceback."""
     shutil.copy(HERE / "fid.py", tmp_path)
     quiet = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
-    done = shell(code="import fid", cwd=tmp_path, env=quiet)
-    assert done.returncode == 0 and done.stdout == done.stderr == ""
-    done = shell("fid.py", "nothing", "nowhere", cwd=tmp_path)
+    done = shell(code="import fid\nfid.main(['nothing', 'nowhere'])", cwd=tmp_path, env=quiet)
     assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
-    done = shell("fid.py", "--help", cwd=tmp_path)
-    assert done.returncode == 0 and "--quality-index" in done.stdout
+    with pytest.raises(SystemExit) as end:
+        fid.main(["--help"])
+    assert end.value.code == 0 and "--quality-index" in capsys.readouterr().out
     assert [path.name for path in tmp_path.iterdir()] == ["fid.py"]
 
 

@@ -130,7 +130,7 @@ def test_each_process_draws_images_of_its_own(whole, tmp_path):
     assert (alone - whole["parts"]["G"]["1.weight"]).abs().max() > 1e-4
 
 
-def test_a_signal_to_one_ends_all_after_the_step_and_resume_is_exact(whole, tmp_path):
+def test_a_signal_to_one_ends_all_after_the_step_and_resume_is_exact(whole, tmp_path, capsys):
     stopped = launch(tmp_path, HERE, int(signal.SIGINT), "--steps", 8, *TINY, "--out", "run",
                      code=SIGNALLED)
     assert stopped.returncode != 0 and "to go on:" in stopped.stdout
@@ -142,12 +142,11 @@ def test_a_signal_to_one_ends_all_after_the_step_and_resume_is_exact(whole, tmp_
         for key, value in whole["parts"][name].items():
             assert torch.equal(value, parts[name][key]), (name, key)
 
-    command = [sys.executable, HERE / "dcgan.py", "--out", "run"]  # without torchrun
-    done = subprocess.run([*command, "--resume", "--steps", "9"], capture_output=True, text=True,
-                          cwd=tmp_path)
-    assert done.returncode == 2 and "this run has --processes 2" in done.stderr
-    done = subprocess.run([*command, "--generate", "3"], cwd=tmp_path)
-    assert done.returncode == 0 and len(list((tmp_path / "run" / "generated").iterdir())) == 3
+    dcgan, out = load(HERE / "dcgan.py"), tmp_path / "run"  # and without torchrun
+    assert call(dcgan, "--out", out, "--resume", "--steps", 9) == 2
+    assert "this run has --processes 2" in capsys.readouterr().err
+    assert call(dcgan, "--out", out, "--generate", 3) == 0
+    assert len(list((out / "generated").iterdir())) == 3
 
 
 def test_a_killed_process_ends_the_run_and_the_checkpoint_is_good(tmp_path):

@@ -1,8 +1,8 @@
 """What a run leaves, and that nothing is lost: kill -9, Ctrl-C, a full disk, a NaN, --resume."""
 
+import functools
 import math
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -12,35 +12,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import DATA, HERE, call, load, shell
+from conftest import DATA, HERE, call, die, forked, load
 from PIL import Image, ImageSequence
-
-# Runs the script in argv[1] and kills it, as kill -9 does, at the moment that argv[2] names.
-KILLED = """
-import os, signal, sys
-sys.path.insert(0, ".")
-module = __import__(sys.argv[1])
-
-def die(*args):
-    os.kill(os.getpid(), signal.SIGKILL)
-
-def record(args, data, parts, rows, *others, original=module.record):
-    if rows[-1]["step"] == 8:
-        die()
-    original(args, data, parts, rows, *others)
-
-def replace(*paths, original=os.replace, calls=[]):
-    calls.append(paths)
-    if len(calls) == 2:
-        die()
-    original(*paths)
-
-if sys.argv[2] == "in a step":
-    module.record = record
-else:
-    os.replace = replace
-module.main(sys.argv[3:])
-"""
 
 
 def assert_same(a, b, where="checkpoint"):
@@ -57,12 +30,15 @@ def assert_same(a, b, where="checkpoint"):
         assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b, where
 
 
-def test_ten_steps_equal_five_and_a_kill_and_five(module, script, alone, tiny):
+def test_six_steps_equal_three_and_a_kill_and_three(module, alone, tiny, monkeypatch):
     """Weights, optimisers, random numbers and logged losses, bit for bit on the CPU."""
-    assert call(module, "--steps", 10, *tiny, "--out", "whole") == 0
-    cut = shell(script, "in a step", "--steps", 10, *tiny, "--out", "cut", code=KILLED)
-    assert cut.returncode == -signal.SIGKILL, cut.stderr
-    assert torch.load("cut/checkpoint.pt")["step"] == 7
+    assert call(module, "--steps", 6, *tiny, "--out", "whole") == 0
+    record = module.record
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "record", lambda args, data, parts, rows, *others: (
+            die if rows[-1]["step"] == 4 else record)(args, data, parts, rows, *others))
+        assert forked(module, "--steps", 6, *tiny, "--out", "cut") == -signal.SIGKILL
+    assert torch.load("cut/checkpoint.pt")["step"] == 3
     assert call(module, "--resume", "--out", "cut") == 0
     assert_equal_runs(alone / "whole", alone / "cut")
 
@@ -73,7 +49,7 @@ def assert_equal_runs(a, b):
         for row in rows:
             del row["images/s"]
     assert_same(first, second)
-    for picture in ("samples/000010.png", "samples/000005.png", "real.png"):
+    for picture in ("samples/000006.png", "samples/000003.png", "real.png"):
         assert (a / picture).read_bytes() == (b / picture).read_bytes()
 
 
@@ -246,35 +222,33 @@ def test_resume_with_data_that_moved_but_not_with_other_data(tmp_path, monkeypat
     assert "not the labels" in capsys.readouterr().err
 
 
-@pytest.fixture
-def copied(tmp_path, monkeypatch):
-    """An empty folder with a copy of dcgan.py, as the current directory."""
-    shutil.copy(HERE / "dcgan.py", tmp_path)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-def test_killed_while_saving(copied):
+def test_killed_while_saving(tmp_path, monkeypatch):
     """The checkpoint before stays, whole; going on from it gives the same run."""
-    flags = ["--steps", 10, *SMALL]
+    monkeypatch.chdir(tmp_path)
+    flags = ["--steps", 6, *SMALL]
     assert call(dcgan, *flags, "--out", "whole") == 0
-    cut = shell("dcgan", "in the second save", *flags, "--out", "cut", code=KILLED)
-    assert cut.returncode == -signal.SIGKILL, cut.stderr
+    saves = iter([dcgan.os.replace, die])  # the second never happens
+    with monkeypatch.context() as patch:
+        patch.setattr(dcgan.os, "replace", lambda *paths: next(saves)(*paths))
+        assert forked(dcgan, *flags, "--out", "cut") == -signal.SIGKILL
     assert torch.load("cut/checkpoint.pt")["step"] == 1
     assert call(dcgan, "--resume", "--out", "cut") == 0
-    assert_equal_runs(copied / "whole", copied / "cut")
+    assert_equal_runs(tmp_path / "whole", tmp_path / "cut")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_ctrl_c_saves_and_says_how_to_go_on(copied, number):
-    command = [sys.executable, "dcgan.py", "--steps", "100000", *map(str, SMALL)]
-    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, monkeypatch):
+    """In a process of its own, as from a shell."""
+    monkeypatch.chdir(tmp_path)
+    command = [sys.executable, HERE / "dcgan.py", "--steps", "100000", *map(str, SMALL)]
+    heard = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # not so under nohup
+    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                           preexec_fn=heard)
     while "images on cpu ->" not in run.stdout.readline():
         assert run.poll() is None
     time.sleep(0.5)
-    run.send_signal(number)
+    run.send_signal(signal.SIGINT)
     text, error = run.communicate(timeout=60)
-    assert run.returncode == 128 + number and error == ""
+    assert run.returncode == 128 + signal.SIGINT and error == ""
     saved = torch.load("runs/dcgan-cartoon/checkpoint.pt")
     advice = text.splitlines()[-1]
     assert f"step {saved['step']}/100000" in text and "to go on:" in advice
@@ -283,20 +257,42 @@ def test_ctrl_c_saves_and_says_how_to_go_on(copied, number):
     assert torch.load("runs/dcgan-cartoon/checkpoint.pt")["step"] == saved["step"] + 1
 
 
-def test_no_room_for_the_checkpoint(copied):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_other_signals_save_too(tmp_path, monkeypatch, number):
+    """From within, in the fifth step; the whole step is made and saved."""
+    monkeypatch.chdir(tmp_path)
+    sample_batch, calls = dcgan.sample_batch, []
+
+    def fifth(*args):
+        calls.append(1)
+        if len(calls) == 5:
+            signal.raise_signal(number)
+        return sample_batch(*args)
+
+    monkeypatch.setattr(dcgan, "sample_batch", fifth)
+    before = signal.signal(number, signal.SIG_DFL)  # nohup ignores SIGHUP
+    try:
+        assert forked(dcgan, "--steps", 1000, *SMALL, "--out", "run") == 128 + number
+    finally:
+        signal.signal(number, before)
+    assert torch.load("run/checkpoint.pt")["step"] == 5
+
+
+def test_no_room_for_the_checkpoint(tmp_path, monkeypatch, capfd):
     """A full disk (here: a limit on file sizes): one line, status 2, the old file stays."""
-    pytest.importorskip("resource")
-    limited = """if 1:
-        import resource, sys
-        sys.path.insert(0, ".")
-        import dcgan
-        resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]),) * 2)
-        dcgan.main(sys.argv[2:])
-    """
+    resource = pytest.importorskip("resource")
+    monkeypatch.chdir(tmp_path)
     assert call(dcgan, "--steps", 1, *SMALL, "--out", "run") == 0
-    before = (copied / "run" / "checkpoint.pt").read_bytes()
-    full = shell(len(before) - 9000, "--resume", "--steps", 2, "--out", "run", code=limited)
-    assert full.returncode == 2 and full.stderr.count("\n") == 1, full.stderr
-    assert "checkpoint.pt" in full.stderr
-    assert (copied / "run" / "checkpoint.pt").read_bytes() == before
-    assert not list(copied.rglob("*.tmp"))
+    before = (tmp_path / "run" / "checkpoint.pt").read_bytes()
+    save_file = dcgan.save_file
+
+    def into_a_full_disk(*args):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) - 9000,) * 2)
+        save_file(*args)
+
+    monkeypatch.setattr(dcgan, "save_file", into_a_full_disk)
+    assert forked(dcgan, "--resume", "--steps", 2, "--out", "run") == 2
+    error = capfd.readouterr().err
+    assert error.count("\n") == 1 and "checkpoint.pt" in error
+    assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == before
+    assert not list(tmp_path.rglob("*.tmp"))
