@@ -154,13 +154,6 @@ URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
 PUBLISHED = "6726825d"  # how the SHA-256 of that file begins
 
 
-class FoldedConv(nn.Conv2d):
-    """Convolution, BatchNorm and ReLU. BatchNorm is in the weights: see fold_batchnorm()."""
-
-    def forward(self, x):
-        return F.relu(super().forward(x), inplace=True)
-
-
 def average(x):
     return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
 
@@ -199,28 +192,15 @@ class BlockE(inception.InceptionE):
 def build_inception(state):
     """The network with these weights, in eval mode: images (B, 3, 299, 299) -> (B, 2048)."""
     blocks = BlockA, inception.InceptionB, BlockC, inception.InceptionD, BlockE
-    blocks = [functools.partial(block, conv_block=FoldedConv) for block in blocks]
+    conv = inception.BasicConv2d
+    blocks = [conv, *(functools.partial(block, conv_block=conv) for block in blocks), None]
     net = inception.inception_v3(weights=None, init_weights=False, aux_logits=False,
-                                 inception_blocks=[FoldedConv, *blocks, None])
+                                 inception_blocks=blocks)
     net.fc = nn.Identity()
-    net.load_state_dict(fold_batchnorm(state, net.state_dict()))
+    wanted = [name for name in net.state_dict() if "num_batches" not in name]
+    net.load_state_dict({name: state[name] for name in wanted}, strict=False)
     # Channels last suits convolutions on CPUs and GPUs alike.
     return net.eval().requires_grad_(False).to(memory_format=torch.channels_last)
-
-
-def fold_batchnorm(state, names):
-    """BatchNorm in eval mode is a factor and a shift per channel: put them into the convolution."""
-    folded = {}
-    for name in names:
-        layer, kind = name.rsplit(".", 1)
-        weight, scale, shift, mean, variance = (
-            state[f"{layer}.{part}"].double()
-            for part in ("conv.weight", "bn.weight", "bn.bias", "bn.running_mean", "bn.running_var")
-        )
-        scale = scale / (variance + 1e-3).sqrt()
-        new = weight * scale[:, None, None, None] if kind == "weight" else shift - mean * scale
-        folded[name] = new.float()
-    return folded
 
 
 def load_inception(path, device):
@@ -691,14 +671,13 @@ def load_images(name, size, root="data", split="train"):
 
 def open_image(path):
     """An image file as RGB: upright, on white where it is transparent."""
-    with Image.open(path) as image:
-        image = ImageOps.exif_transpose(image)
-        if image.mode[0] == "I":  # 16 bits, which convert() would clip
-            image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
-        if image.has_transparency_data:
-            white = Image.new("RGBA", image.size, "white")
-            image = Image.alpha_composite(white, image.convert("RGBA"))
-        return image.convert("RGB")
+    image = ImageOps.exif_transpose(Image.open(path))
+    if image.mode[0] == "I":  # 16 bits, which convert() would clip
+        image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
+    return image.convert("RGB")
 
 
 def find_images(name, size, root, split):

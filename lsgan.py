@@ -431,14 +431,13 @@ def load_images(name, size, root="data", split="train"):
 
 def open_image(path):
     """An image file as RGB: upright, on white where it is transparent."""
-    with Image.open(path) as image:
-        image = ImageOps.exif_transpose(image)
-        if image.mode[0] == "I":  # 16 bits, which convert() would clip
-            image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
-        if image.has_transparency_data:
-            white = Image.new("RGBA", image.size, "white")
-            image = Image.alpha_composite(white, image.convert("RGBA"))
-        return image.convert("RGB")
+    image = ImageOps.exif_transpose(Image.open(path))
+    if image.mode[0] == "I":  # 16 bits, which convert() would clip
+        image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
+    return image.convert("RGB")
 
 
 def find_images(name, size, root, split):
