@@ -657,7 +657,7 @@ def load_images(name, size, root="data", split="train"):
                 seen.add(key)
                 kept.append(i)
                 file.write(pixels.tobytes())  # memory may be too small for all
-                channels = max(channels, 1 + 2 * (pixels != pixels[:1]).any())
+                channels = 3 if (pixels != pixels[:1]).any() else channels  # 1: all were grey
         if len(kept) < len(items):
             copies = len(items) - len(kept) - len(broken)
             print(f"left out: {copies} copies, {len(broken)} unreadable {broken[:1]}")

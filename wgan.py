@@ -300,7 +300,8 @@ def record(args, data, parts, rows, picture, total):
         "data": (data.images[:64].cpu().clone(), data.labels[:50_000].cpu().clone(), data.names),
     }, out / "checkpoint.pt")
     print(f"step {now}/{total}  {left} left  {line}", flush=True)  # a closed pipe loses nothing now
-    if [row["step"] for row in rows if row["step"] >= 500 and row["spread"] < 0.1] == [now]:
+    collapsed = [row["step"] for row in rows if row["step"] >= 500 and row["spread"] < 0.1]
+    if collapsed == [now]:  # it is told once
         print("MODE COLLAPSE: all images look alike (their spread is below 0.1)", flush=True)
 
 
@@ -421,7 +422,7 @@ def load_images(name, size, root="data", split="train"):
                 seen.add(key)
                 kept.append(i)
                 file.write(pixels.tobytes())  # memory may be too small for all
-                channels = max(channels, 1 + 2 * (pixels != pixels[:1]).any())
+                channels = 3 if (pixels != pixels[:1]).any() else channels  # 1: all were grey
         if len(kept) < len(items):
             copies = len(items) - len(kept) - len(broken)
             print(f"left out: {copies} copies, {len(broken)} unreadable {broken[:1]}")
@@ -568,7 +569,8 @@ def command_line(argv):
     args = parser.parse_args(argv)
     for name, value in vars(args).items():
         flag = "--" + name.replace("_", "-")
-        low = {"batch": 2, "seed": 0, "lr": 1e-12, "epochs": 1e-9}.get(name, type(value) is int)
+        usual = 1 if type(value) is int else 0
+        low = {"batch": 2, "seed": 0, "lr": 1e-12, "epochs": 1e-9}.get(name, usual)
         if type(value) in (int, float) and not low <= value < math.inf:
             refuse(f"{flag} {value}: not a number from {low:g} on")
         before = saved.get("settings", {}).get(name, value)
