@@ -28,9 +28,12 @@ Differs from the paper:
     in G, 64, 128 in D), dropout and LeakyReLU's slope of 0.2 are a reconstruction
   - z is N(0, 1), the paper's uniform in [0, 1]
   - Adam in place of SGD with momentum. beta1 is 0.5, as in dcgan.py, and the learning rate 5e-4.
-    Marchiori has 1e-4, and 0.9 it seems (his framework's default); with them all cartoon faces
-    stayed alike (1,760 steps), and with 1e-4 alone MNIST's labels had no effect after 880 steps
-    of 64
+    Marchiori has 1e-4, and 0.9 it seems (his framework's default), and about ten epochs of noise
+    before it recovers. With his, 2,500 steps of 32 on MNIST ended in blots, much the same in all
+    columns but the 1s, and 2,000 on 900 images of Fashion-MNIST in patterns of dots; with ours,
+    digits and clothes stood in their columns
+  - on photographs of faces (32 px, Smiling or not, 1,500 steps of 32, 5e-4) a classifier saw 93 %
+    of the faces that were not to smile as asked, and 48 % of those that were to
   - fakes get labels as frequent as in the data, which is what Eq. 2 says. Marchiori does not say
     which; where classes are equally frequent it makes no difference
 

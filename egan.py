@@ -39,11 +39,12 @@ Differs from the paper:
   - sums over the batch there are means here; with l_rep and l_fool alike, the ratio is the same
   - --rep is 1, as in the thesis. On photographs of faces (11,845, 32 px, --width 32 --batch 32,
     1,200 steps after as many of F) that was enough for Smiling, where the thesis had failed: a
-    classifier of its own read 0.04, 0.81 and 1.00 on average at c = 0, 1 and 2, and more at each of
-    eight steps for 64 of 64 z. For formulas on cartoon it is 20: there l_fool's gradient on G is 45
-    times that of l_rep, and with 1 brightness followed c for some hundred steps, and turned round
-    in the next; with 10, in one of two runs, it depended on z as much as on c. For labels it is 5
-    there: with 20, G fooled the CNN, and another one saw eyeglasses where c was 0
+    classifier of its own read 0.04, 0.81 and 1.00 on average at c = 0, 1 and 2 (0.03, 0.72 and 0.99
+    with --extractor joint), and more at each of eight steps for 64 of 64 z. For formulas on cartoon
+    it is 20: there l_fool's gradient on G is 45 times that of l_rep, and with 1 brightness followed
+    c for some hundred steps, and turned round in the next; with 10, in one of two runs, it depended
+    on z as much as on c. For labels it is 5 there: with 20, G fooled the CNN, and another one saw
+    eyeglasses where c was 0
   - it calls n a geometric mean; n is the Euclidean norm. n is 0 where the picture is flat: a
     constant of 1e-12 below the root keeps its slope finite there
   - F's width (64 and 128 channels, 4x4 kernels) is ours, the thesis says only "3 layers"

@@ -448,7 +448,7 @@ def report_quality(args):
         yield result, (
             f"quality index {index:.3f}   held out: {accuracy_real:.1%} of real and "
             f"{accuracy_deformed:.1%} of deformed images told right   "
-            f"(64 px, {args.epochs} epochs, {n} vs {len(fake)})")
+            f"(64 px, {args.epochs} epochs, {n} of {args.real} vs {len(fake)} of {source.name})")
 
 
 # --- the command line -----------------------------------------------------------------------------
@@ -493,8 +493,8 @@ def compare(real, of_real, fake, of_fake, weights):
     result = {"real": real.name, "fake": fake.name, "n_real": of_real.n, "n_fake": of_fake.n,
               "size": size, "network": network, "resize": "bilinear 299", fid_name: distance}
     line = f"{fid_name}{'' if published else f' ({network})'} {distance:.2f}"
-    details = (f"{network}, bilinear 299, {real.name}, {size} px, {of_real.n or '?'} vs "
-               f"{of_fake.n or '?'}")
+    details = (f"{network}, bilinear 299, {size} px, {of_real.n or '?'} of {real.name} vs "
+               f"{of_fake.n or '?'} of {fake.name}")
     if of_real.features is not None and of_fake.features is not None:
         subsets, n = kid_subsets(of_real.n, of_fake.n)
         mean, std = kid(of_real.features, of_fake.features)

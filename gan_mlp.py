@@ -125,7 +125,7 @@ def options(parser):
     parser.set_defaults(lr=5e-4, batch=32, epochs=50)
     parser.epilog = "--batch is Fabbri's (2017), --lr and --epochs are ours."
     parser.add_argument("--saturating", action="store_true", help="G's loss as in Eq. 1")
-    return {"epochs": 100}  # 8,000 steps
+    return {"epochs": 30}  # 2,400 steps
 
 
 def train(args, data):

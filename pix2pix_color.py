@@ -395,7 +395,7 @@ def views(held_out, G):
         return 2 * to_rgb(x[:n], G(x[:n])) - 1
 
     def grid():
-        i = torch.linspace(0, len(x) - 1, 24).long()  # of all that there are, 33 at the least
+        i = torch.linspace(0, len(x) - 1, 24).long()
         triples = to_rgb(x[i], 0 * y[i]), to_rgb(x[i], G(x[i])), true[i]
         return 2 * torch.stack(triples, 1).reshape(8, 9, *true.shape[1:]) - 1
 

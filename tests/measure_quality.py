@@ -60,8 +60,8 @@ def main():
         made = fakes(args, caught)
         spread = (made.std(0).mean() / real.std(0).mean()).item()
         row = rows.setdefault(args.saved["form"].split()[0], [])
-        row.append((distance(features(net, made), all_real), spread,
-                    args.saved["step"] * args.batch))
+        shown = args.saved["step"] * args.batch * args.saved["settings"]["processes"]
+        row.append((distance(features(net, made), all_real), spread, shown))
     for name, found in rows.items():
         fd, spread, shown = zip(*found)
         print(f"| {name} | {len(found)} | {shown[0]:,} | {cell(fd, 3)} | {cell(spread, 2)} |")

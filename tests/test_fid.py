@@ -259,8 +259,8 @@ def test_from_end_to_end(weights, tmp_path, capsys):
     out = run(capsys, real, fake, "--weights", weights, "--batch", 2).out.splitlines()[-1]
     digest = hashlib.sha256(weights.read_bytes()).hexdigest()[:8]
     pattern = (rf"FD \(weights {digest}\) \d+\.\d\d   KD -?\d\.\d{{4}} \+- \d\.\d{{4}}   "
-               rf"\(weights {digest}, bilinear 299, {real}, 33x33 px, 3 vs 4, KD of 100 subsets "
-               r"of 3\)")
+               rf"\(weights {digest}, bilinear 299, 33x33 px, 3 of {real} vs 4 of {fake}, KD of "
+               r"100 subsets of 3\)")
     assert re.fullmatch(pattern, out) and "FID" not in out
 
 
@@ -268,7 +268,7 @@ def test_line_and_json(quick, tmp_path, capsys):
     real, fake = fill(tmp_path / "real", 40), fill(tmp_path / "fake", 30, seed=1)
     shown = run(capsys, real, fake)
     pattern = (r"FID (\d+\.\d\d)   KID (-?\d\.\d{4}) \+- (\d\.\d{4})   \(inception-2015-12-05, "
-               rf"bilinear 299, {real}, 20x16 px, 40 vs 30, KID of 100 subsets of 30\)")
+               rf"bilinear 299, 20x16 px, 40 of {real} vs 30 of {fake}, KID of 100 subsets of 30\)")
     numbers = re.fullmatch(pattern, shown.out.splitlines()[-1])
     assert numbers and "warning: below 2,048 images" in shown.err
     silent = run(capsys, real, fake, "--json")
@@ -295,7 +295,8 @@ def test_warning_below_2048(n, warns, capsys):
     real, fake = known._replace(n=n), known._replace(n=9000)
     result, line = fid.compare(a, real, b, fake, fid.PUBLISHED)
     assert ("warning" in capsys.readouterr().err) == warns
-    assert line == f"FID 0.00   (inception-2015-12-05, bilinear 299, a, 8x8 px, {n or '?'} vs 9000)"
+    assert line == ("FID 0.00   (inception-2015-12-05, bilinear 299, 8x8 px, "
+                    f"{n or '?'} of a vs 9000 of b)")
     assert result["n_real"] == n
 
 
@@ -364,7 +365,8 @@ def test_a_folder_of_everything(quick, tmp_path, capsys):
     (odd / "broken.png").write_bytes(whole[: len(whole) // 2])
     (odd / "words.txt").write_text("no image, no matter")
     shown = run(capsys, plain, odd, "--batch", 2)
-    assert "4 vs 8" in shown.out and f"1 unreadable ['{odd}/broken.png']" in shown.out
+    assert f"4 of {plain} vs 8 of {odd}" in shown.out
+    assert f"1 unreadable ['{odd}/broken.png']" in shown.out
     grey = fid.read_picture(odd / "level0" / "below" / "6.tiff")
     assert grey.shape == (3, 9, 9) and (grey == 155).all()  # 16 bits scaled, grey replicated
     assert fid.read_picture(odd / "broken.png") == odd / "broken.png"
@@ -408,7 +410,7 @@ def test_statistics_in_and_out(quick, tmp_path, capsys):
         mu, sigma = f["mu"][:], f["sigma"][:]
     assert mu.shape == (2048,) and sigma.shape == (2048, 2048) and sigma.dtype == np.float64
     shown = run(capsys, saved, fake)
-    assert shown.out.endswith(f"bilinear 299, {saved}, 20x16 px, 30 vs 20)\n")
+    assert shown.out.endswith(f"bilinear 299, 20x16 px, 30 of {saved} vs 20 of {fake})\n")
     assert "KID" not in shown.out
     again = json.loads(run(capsys, saved, fake, "--json").out)
     assert again["FID"] == pytest.approx(direct["FID"], rel=1e-9) and again["n_real"] == 30
@@ -417,7 +419,8 @@ def test_statistics_in_and_out(quick, tmp_path, capsys):
     np.savez_compressed(theirs, mu=mu, sigma=sigma)  # as pytorch-fid writes it
     shown = run(capsys, theirs, saved)
     assert shown.out == (
-        f"FID 0.00   (inception-2015-12-05, bilinear 299, {theirs}, ? px, ? vs 30)\n")
+        "FID 0.00   (inception-2015-12-05, bilinear 299, ? px, "
+        f"? of {theirs} vs 30 of {saved})\n")
 
 
 # --- the quality index ----------------------------------------------------------------------------
@@ -476,7 +479,7 @@ def test_quality_index_by_command(tmp_path, capsys):
     flags = real, fake, "--quality-index", "--epochs", 1, "--root", tmp_path / "data"
     line = run(capsys, *flags).out.splitlines()[-1]
     assert re.match(r"quality index 0\.\d{3}   held out: \d+\.\d% of real and \d+\.\d% of", line)
-    assert line.endswith("(64 px, 1 epochs, 12 vs 5)")
+    assert line.endswith(f"(64 px, 1 epochs, 12 of {real} vs 5 of {fake})")
     for i in range(4):  # a collapsed G: copies count
         shutil.copy(fake / "000.png", fake / f"copy{i}.png")
     shown = run(capsys, real, fake, real, *flags[2:], "--json").out.splitlines()
