@@ -134,7 +134,8 @@ def step_of(module, monkeypatch, args, data):
         caught.update(args=args, step=step, draw=draw, parts=parts, grid=grid, measure=measure)
 
     monkeypatch.setattr(module, "fit", fit)
-    settings = module.command_line([*map(str, args), "--out", "no-such-run"])
+    out = tempfile.mkdtemp(dir=DATA)  # egan writes its extractor there
+    settings = module.command_line([*map(str, args), "--out", out])
     torch.manual_seed(settings.seed)
     module.train(settings, data)
     return caught
