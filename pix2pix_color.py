@@ -71,7 +71,7 @@ a folder, 64 px, --width 32, batches of 8, --l1 100):
     wgan               40     600   1.9        1.31   19.7     1.04
     wgan               40   1,800   1.6        1.28   20.3     1.02
 
-With 1, ebgan and wgan are regression with a bystander. What D adds is colour, and it costs accuracy:
+With 1, ebgan and wgan are regression with a bystander. D adds colour, and that costs accuracy:
 a bold guess is further from the truth, on average, than a pale one.
 
     python pix2pix_color.py                                        # cartoon faces, on a CPU
