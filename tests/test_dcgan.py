@@ -69,6 +69,14 @@ def test_losses_by_hand():
     assert dcgan.g_loss(fake).item() == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("name", ["gan_mlp", "sngan", "cgan", "acgan", "egan"])
+def test_whoever_has_logits_has_these_losses(name):
+    other, (real, fake) = load(HERE / f"{name}.py"), torch.randn(2, 16)
+    assert other.d_loss(real, fake).item() == pytest.approx(dcgan.d_loss(real, fake).item())
+    if name != "egan":  # its G has another loss too
+        assert other.g_loss(fake).item() == pytest.approx(dcgan.g_loss(fake).item())
+
+
 def test_losses_stay_finite_and_steep_where_the_sigmoid_is_flat():
     sure = torch.tensor([-1e4], requires_grad=True)  # a fake that D is certain of
     loss = dcgan.g_loss(sure)
