@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import traceback
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,13 @@ SCRIPTS = sorted(path.stem for path in HERE.glob("*.py") if path.stem != EVALUAT
 def pytest_configure(config):
     """One thread, here and in the processes that tests start, and sums always in the same order:
     runs are compared bit for bit, and networks this small hardly gain by a second thread.
+
+    A GPU is hidden from all but those that shell(gpu=True) starts: where torch sees one, a forked
+    process cannot compute gradients. The processes of xdist inherit what the first has found.
     """
+    shown = os.environ.get("CUDA_VISIBLE_DEVICES", "0") if torch.cuda.device_count() else ""
+    os.environ.setdefault("GAN_TESTS_GPU", shown)
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
     torch.set_num_threads(1)
     os.environ.update(OMP_NUM_THREADS="1", MKL_CBWR="AUTO,STRICT")
     config.addinivalue_line("markers", "cuda: needs a CUDA device")
@@ -36,7 +43,7 @@ def pytest_unconfigure(config):
 
 
 def pytest_collection_modifyitems(items):
-    if not torch.cuda.is_available():
+    if not os.environ["GAN_TESTS_GPU"]:
         for item in items:
             if item.get_closest_marker("cuda"):
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))
@@ -93,9 +100,11 @@ def call(module, *args):
     return 0
 
 
-def shell(*args, code=None, **options):
+def shell(*args, code=None, gpu=False, **options):
     """Run Python in a process of its own -> the finished process, with its output as text."""
     command = [sys.executable, *(["-c", code] if code else []), *map(str, args)]
+    if gpu:
+        options["env"] = {**os.environ, "CUDA_VISIBLE_DEVICES": os.environ["GAN_TESTS_GPU"]}
     return subprocess.run(command, capture_output=True, text=True, timeout=300, **options)
 
 
@@ -106,7 +115,13 @@ def forked(module, *args):
     """
     child = os.fork()
     if child == 0:
-        os._exit(call(module, *args))
+        status = 99
+        try:
+            status = call(module, *args)
+        except Exception:
+            traceback.print_exc()
+        finally:  # whatever was raised: there must never be a second pytest
+            os._exit(status)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 

@@ -18,7 +18,7 @@ def open_run(out):
     """-> the script as a module, its settings, data, and what train() hands to fit()."""
     form = torch.load(f"{out}/checkpoint.pt", map_location="cpu")["form"]
     module, caught = load(HERE / f"{form.split()[0]}.py"), {}
-    args = module.command_line(["--out", str(out), "--generate", "1", "--device", "cpu"])
+    args = module.command_line(["--out", str(out), "--generate", "1"])
 
     def fit(args, data, step, draw, parts, grid=None, measure=dict):
         caught.update(draw=draw, parts=parts)
@@ -32,21 +32,23 @@ def open_run(out):
     return module, args, data, caught
 
 
-def classifier(data, epochs=4, batch=64):
+def classifier(data, device, epochs=4, batch=64):
     """A small CNN, trained to read all labels of the data off its images -> logits (B, K)."""
     torch.manual_seed(0)
-    channels, size = data.images.shape[1:3]
+    images, labels = data.images.to(device), data.labels.to(device).float()
+    channels, size = images.shape[1:3]
     layers, n = [], channels
     for width in (32, 64, 128):
         layers += [nn.Conv2d(n, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(),
                    nn.MaxPool2d(2)]
         n = width
     net = nn.Sequential(*layers, nn.Flatten(), nn.Linear(n * (size // 8) ** 2, len(data.names)))
+    net.to(device)
     optimiser = torch.optim.Adam(net.parameters(), lr=1e-3)
     for _ in range(epochs):
-        for i in torch.randperm(len(data.images)).split(batch):
-            logits, labels = net(data.images[i] / 127.5 - 1), data.labels[i].float()
-            loss = nn.functional.binary_cross_entropy_with_logits(logits, labels)
+        for i in torch.randperm(len(images)).to(device).split(batch):
+            logits = net(images[i] / 127.5 - 1)
+            loss = nn.functional.binary_cross_entropy_with_logits(logits, labels[i])
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
@@ -68,7 +70,8 @@ def say(names, values):
 @torch.no_grad()
 def conditional(module, args, data, parts, judge):
     labels = module.sample_labels(data, 2000, args.device)
-    images = torch.cat([parts["G"](torch.randn(len(y), module.Z), y) for y in labels.split(100)])
+    images = torch.cat([parts["G"](torch.randn(len(y), module.Z, device=args.device), y)
+                        for y in labels.split(100)])
     found = right(judge(images), labels)
     print(f"  images with the label as asked: {found.mean():.3f} on average")
     say(data.names, found.tolist())
@@ -81,7 +84,7 @@ def correlation(c, readings):
 
 @torch.no_grad()
 def swept(module, args, data, parts, judge):
-    values = torch.linspace(0, args.sweep, 9)
+    values = torch.linspace(0, args.sweep, 9, device=args.device)
     images = module.sweep(parts["G"], 64, values)
     if args.attribute in module.FORMULAS:
         readings = module.FORMULAS[args.attribute](images.flatten(0, 1)).unflatten(0, (64, 9))
@@ -115,9 +118,10 @@ def main():
                 n = len(real.images) // 10
                 test = module.Data(real.images[:n], real.labels[:n], real.names)
                 real = module.Data(real.images[n:], real.labels[n:], real.names)
-            judges[key] = classifier(real)
+            judges[key] = classifier(real, args.device)
             with torch.no_grad():
-                found = right(judges[key](test.images / 127.5 - 1), test.labels.float())
+                logits = judges[key](test.images.to(args.device) / 127.5 - 1)
+            found = right(logits, test.labels.to(args.device).float())
             print(f"the classifier, on {len(test.images):,} test images of {args.data}:")
             say(real.names, found.tolist())
         print(out)

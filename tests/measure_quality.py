@@ -51,8 +51,8 @@ def main():
         module, args, _, caught = open_run(out)
         if net is None:
             data = module.load_images(args.data, args.size, asked.root)
-            real = data.images / 127.5 - 1
-            net = classifier(data)
+            real = data.images.to(args.device) / 127.5 - 1
+            net = classifier(data, args.device)
             all_real = features(net, real)
             floor = distance(features(net, real[:2000]), features(net, real[2000:]))
             print("| script | runs | images shown to G | FD | spread |\n|---|---|---|---|---|")

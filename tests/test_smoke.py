@@ -14,19 +14,24 @@ def files(folder):
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
 def test_one_step_then_resume_then_generate(module, script, alone, tiny, device):
     run = alone / "runs" / f"{script}-cartoon"
-    name = alone / f"{script}.py"
-    first = shell(name, "--steps", 1, *tiny, "--device", device)
+    name, gpu = alone / f"{script}.py", device == "cuda"
+
+    def again(*args):
+        args = [*args, "--device", device]
+        return shell(name, *args, gpu=True).returncode if gpu else call(module, *args)
+
+    first = shell(name, "--steps", 1, *tiny, "--device", device, gpu=gpu)
     assert first.returncode == 0, first.stderr
     expected = {"real.png", "training.gif", "losses.csv", "curves.png", "checkpoint.pt"}
     assert files(run) == expected | {"samples/000001.png"}
     assert {path.name for path in alone.iterdir()} == {f"{script}.py", "runs"}
 
-    assert call(module, "--resume", "--steps", 2, "--device", device) == 0
+    assert again("--resume", "--steps", 2) == 0
     assert files(run) == expected | {"samples/000001.png", "samples/000002.png"}
     lines = (run / "losses.csv").read_text().splitlines()
     assert len(lines) == 3 and [line.split(",")[0] for line in lines] == ["step", "1", "2"]
 
-    assert call(module, "--generate", 3, "--device", device) == 0
+    assert again("--generate", 3) == 0
     images = sorted((run / "generated").iterdir())
     assert [image.name for image in images] == ["00000.png", "00001.png", "00002.png"]
     assert Image.open(images[0]).size == (int(tiny[1]),) * 2
