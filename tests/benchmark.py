@@ -38,7 +38,7 @@ class Files(torch.utils.data.Dataset):
         self.labels, self.files = data.labels, []
         for i, image in enumerate(data.images[:2000]):
             self.files.append(folder / f"{i}.png")
-            pixels = image.permute(1, 2, 0).squeeze(2).numpy()
+            pixels = image.permute(1, 2, 0).squeeze(2).cpu().numpy()
             Image.fromarray(pixels).save(self.files[-1])
 
     def __len__(self):
