@@ -35,7 +35,7 @@ class Files(torch.utils.data.Dataset):
     """PNG files, decoded one by one, as a DataLoader wants them."""
 
     def __init__(self, data, folder):
-        self.labels, self.files = data.labels, []
+        self.labels, self.files = data.labels.cpu(), []
         for i, image in enumerate(data.images[:2000]):
             self.files.append(folder / f"{i}.png")
             pixels = image.permute(1, 2, 0).squeeze(2).cpu().numpy()
