@@ -38,10 +38,12 @@ Differs from the papers:
   - on cartoon --aux is 3 and the learning rate 4e-3. With 1 and 1e-3, the second head could tell
     69 % of real faces' smiles at the end and 99.8 % of the fakes': G and D had agreed on a sign of
     their own, which is no smile. With 5 and 1e-3, the pictures were speckled
-  - photographs of faces (Smiling, 32 px) it has not learnt here. With --aux 0.1, 0.3, 1, 3 and 5,
-    learning rates from 2e-4 to 4e-3 and 1,000 to 5,000 steps of 16 or 32, acc(x) ended at 0.70 to
-    0.76, where always guessing has 0.72, acc(G(z)) at up to 1.00, and the pictures were textures:
-    the same collusion. Watch these two columns
+  - photographs of faces (Smiling, 32 px) are learnt slowly, and not well. With --width 64 --lr 5e-4
+    and batches of 64, acc(x) was 0.74 after 2,300 steps (always guessing has 0.72), 0.84 after
+    7,000 and 0.89 after 14,900. A classifier of its own then saw 98 % of the fakes as asked, but a
+    person sees blurred faces that do not smile, and noise in place of smiles. With at most 5,000
+    steps of 16 or 32 (--aux 0.1 to 5, rates of 2e-4 to 4e-3), acc(x) stayed at 0.70 to 0.76 while
+    acc(G(z)) went to 1.00: the same collusion, in textures. Watch these two columns
 
     python acgan.py                              # cartoon faces, on a CPU, no download
     python acgan.py --data celeba                # as Espis and Potrimba: FID 19.42 in their report
