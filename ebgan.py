@@ -173,7 +173,7 @@ def options(parser):
     add("--width", type=int, default=64, help="channels at half size (64)")
     add("--margin", type=float, default=0.033, help="m, as a mean square (0.033)")
     add("--pull-away", type=float, default=0.1, help="weight of PT in L_G (0.1)")
-    return {"width": 32, "batch": 32, "lr": 5e-4}  # faces within a minute on a CPU
+    return {"width": 32, "batch": 32, "lr": 1e-3}  # faces within a minute on a CPU
 
 
 def train(args, data):
