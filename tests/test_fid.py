@@ -180,6 +180,20 @@ def test_features_are_those_of_the_original(original, weights, monkeypatch):
             assert (ours - expected).abs().max() < 1e-4 * expected.abs().max()
 
 
+def test_weights_in_the_old_format_of_torch(original, weights, tmp_path, monkeypatch):
+    """The published file is of 2019, before torch.save wrote zips: same weights, same features."""
+    hub = tmp_path / "hub" / "checkpoints"
+    hub.mkdir(parents=True)
+    old = hub / fid.URL.split("/")[-1]
+    torch.save(torch.load(weights), old, _use_new_zipfile_serialization=False)
+    x = fid.to_input(torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8), torch.device("cpu"))
+    expected = fid.build_inception(original.state_dict())(x)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    for path in (old, None):  # by --weights, and from the cache
+        net, _ = fid.load_inception(path, torch.device("cpu"))
+        assert torch.equal(net(x), expected)
+
+
 def test_input_is_resized_one_by_one_and_not_antialiased():
     cpu = torch.device("cpu")
     small, large = torch.zeros(1, 8, 8, dtype=torch.uint8), torch.zeros(1, 598, 598).byte()
