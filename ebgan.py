@@ -1,37 +1,43 @@
+# SPDX-License-Identifier: MIT
 """EBGAN: Zhao, Mathieu and LeCun, "Energy-based Generative Adversarial Networks", 2016,
 arXiv 1609.03126.
 
-D is an autoencoder. How badly it reconstructs an image is the image's energy: D makes the energy
-of real images low, and that of fakes high, but only up to a margin m; G makes the energy of its
-fakes low. Every pixel of the reconstruction teaches, not a single probability.
+D is an autoencoder: its encoder Enc turns an image into a code, and its decoder Dec turns the code
+back into an image. How far the result is from the image is the image's energy. D learns to give
+real images a low energy, and fakes a high one, up to a margin m: a fake above the margin is left
+alone. G learns to make fakes of low energy. The error of every pixel says what is wrong with a
+fake, which is more than one probability can tell.
 
     D(x) = mean over pixels of (Dec(Enc(x)) - x)^2                the energy, one for each image
     L_D = E[D(x)] + E[max(0, m - D(G(z)))]                        Eq. 1
     L_G = E[D(G(z))] + 0.1 PT                                     Eq. 2, and Sec. 2.4
     PT = 1 / (N (N - 1)) sum over i != j of cos(S_i, S_j)^2       Sec. 2.4, S_i = Enc(G(z_i))
 
-The pull-away term PT keeps the codes of a batch of fakes from all pointing the same way, which is
-what they do when G collapses.
+When G collapses, its fakes are all alike, and the codes S of a batch of N fakes point the same way.
+Then the pull-away term PT is 1. G lowers it by making fakes whose codes differ: at right angles
+PT is 0.
 
 Changes from dcgan.py:
-  - D is an autoencoder; it returns energies, and the codes that PT needs
-  - the losses: a margin (--margin) and the pull-away term (--pull-away), in place of logits
-  - z is uniform in [-1, 1], as in Fabbri (2017), and --g-steps is gone
+  - D is an autoencoder, with biases; it returns energies, and the codes that PT needs
+  - the losses: a margin (--margin) and the pull-away term (--pull-away) in place of logits
+  - z is uniform in [-1, 1]; no --g-steps
   - D(x) and D(G(z)) in losses.csv are mean energies; pull_away is PT
 
 Differs from the paper:
-  - the energy is a mean square over pixels, the paper's a Euclidean norm. Its margin of 20 for
-    CelebA at 64 px is 20^2 / (64 * 64 * 3) = 0.033 here, and then holds for any image size (for
-    LSUN it is 80 there). 0.1 PT weighs more beside it: a third of L_G after 2,000 steps on
-    photographs of faces, where it would be less than 0.5 % beside a norm
-  - Fabbri's faces are the central 60 % of CelebA's images; here they are the central 128x128 pixels
-  - G is dcgan.py's with width 64, and so is the learning rate, 2e-4; Fabbri's code has 1e-3
-  - Fabbri's code, and others, leave out the square of the cosine, which rewards opposite codes; and
-    his energy is one number for the whole batch, so that the margin depends on the batch's size
-  - the gradient of G's energy runs through the image on both sides of Dec(Enc(x)) - x
+  - the energy is a mean square, the paper's a Euclidean norm. Its margin of 20 for CelebA at 64 px
+    is 20^2 / (64 * 64 * 3) = 0.033 here, at any image size. PT weighs more beside our energy: a
+    third of L_G on photographs of faces, and less than 0.5 % beside the norm
+  - G and the learning rate are dcgan.py's
+  - as in dcgan.py, D's fakes serve G's step, too; batches are drawn with replacement; images are
+    drawn with BatchNorm's running averages
+  - z is as in C. Fabbri, "A Comparative Study of GANs Towards Automatic Image Colorization",
+    University of Minnesota, 2017, whose learning rate is 1e-3. His code has two slips: the cosine
+    is not squared, which rewards opposite codes, and the energy is one number for a whole batch,
+    so that the margin depends on the batch's size. His faces are the central 60 % of CelebA's
+    images, ours the central 128x128 pixels
 
     python ebgan.py                                      # cartoon faces, on a CPU, no download
-    python ebgan.py --data celeba                        # as Fabbri
+    python ebgan.py --data celeba                        # photographs of faces
     python ebgan.py --pull-away 0 --out runs/no-pull     # without the pull-away term
 """
 
@@ -41,7 +47,7 @@ import hashlib
 import math
 import os
 import random
-import signal
+import re
 import sys
 import tempfile
 import time
@@ -55,47 +61,53 @@ import torch
 import torchvision
 from PIL import Image, ImageDraw, ImageOps
 from torch import distributed, nn
+from torch.nn.functional import normalize, relu
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torchvision.utils import save_image
 
 # --- networks -------------------------------------------------------------------------------------
 
-SIZES = [2**k for k in range(4, 11)]  # image sizes that the networks can be built for: 16 ... 1024
-Z = 100  # how many numbers z has (DCGAN, Sec. 4)
+SIZES = [16, 32, 64, 128, 256, 512, 1024]  # the networks can be built for images of these sizes
+Z = 100  # how many numbers z has (Sec. 4)
+
+
+def feature_maps(size, width):
+    """How many feature maps there are at size / 2, size / 4, ... 4: 64, 128, 256, 512 at 64 px."""
+    return [width * 2**i for i in range(int(math.log2(size)) - 2)]
 
 
 class Generator(nn.Sequential):
     """z (B, 100) -> images (B, C, size, size) in [-1, 1].
 
-    Each stage doubles the maps' sides and halves their number. Shapes are for 64 px and width 64.
+    From stage to stage the maps double in size and halve in number. Shapes are for 64 px.
     """
 
     def __init__(self, channels, size, width):
-        n = width * size // 8
+        n = feature_maps(size, width)[::-1]  # 512, 256, 128, 64
         layers = [
             nn.Unflatten(1, (Z, 1, 1)),  # (B, 100, 1, 1)
-            nn.ConvTranspose2d(Z, n, 4, stride=1, padding=0, bias=False),  # (B, 512, 4, 4)
-            nn.BatchNorm2d(n),
+            nn.ConvTranspose2d(Z, n[0], 4, stride=1, padding=0, bias=False),  # (B, 512, 4, 4)
+            nn.BatchNorm2d(n[0]),
             nn.ReLU(inplace=True),
         ]
-        while n > width:
+        for n_in, n_out in zip(n, n[1:]):
             layers += [
-                nn.ConvTranspose2d(n, n // 2, 4, stride=2, padding=1, bias=False),  # (B, 256, 8, 8)
-                nn.BatchNorm2d(n // 2),
+                nn.ConvTranspose2d(n_in, n_out, 4, stride=2, padding=1, bias=False),
+                nn.BatchNorm2d(n_out),
                 nn.ReLU(inplace=True),
-            ]
-            n //= 2
+            ]  # (B, 256, 8, 8), (B, 128, 16, 16), (B, 64, 32, 32)
         layers += [
-            nn.ConvTranspose2d(n, channels, 4, stride=2, padding=1, bias=False),  # (B, C, 64, 64)
+            nn.ConvTranspose2d(n[-1], channels, 4, stride=2, padding=1, bias=False),
             nn.Tanh(),
-        ]
+        ]  # (B, C, 64, 64)
         super().__init__(*layers)
 
 
 class Discriminator(nn.Module):
-    """An autoencoder. Images (B, C, size, size) -> energies (B,), and codes (B, 256 * size^2 / 64).
+    """An autoencoder. Images (B, C, size, size) in [-1, 1] -> energies (B,), codes (B, M).
 
-    The code has more numbers than the image: not a bottleneck limits it, but the margin.
+    A code has M = 4 width (size / 8)^2 numbers; at width 64 these are more than an image has. So D
+    could copy any image. It is the margin that makes it copy fakes badly. Shapes are for 64 px.
     """
 
     def __init__(self, channels, width):
@@ -123,6 +135,7 @@ class Discriminator(nn.Module):
 
     def forward(self, images):
         codes = self.encoder(images)
+        # No detach(): an image changes its energy twice, as Enc's input and as Dec's target.
         energies = (self.decoder(codes) - images).square().mean((1, 2, 3))
         return energies, codes.flatten(1)
 
@@ -138,25 +151,25 @@ def init_weights_and_biases(module):
 
 
 # --- losses ---------------------------------------------------------------------------------------
-# The hinge is taken image by image: a fake above the margin does not count, whatever the others do.
+# max(0, .) is taken image by image: what the other fakes do does not matter.
 
 
 def d_loss(real_energies, fake_energies, margin):
-    """L_D = E[D(x)] + E[max(0, m - D(G(z)))], Eq. 1."""
-    return real_energies.mean() + nn.functional.relu(margin - fake_energies).mean()
+    """L_D = E[D(x)] + E[max(0, m - D(G(z)))]."""
+    return real_energies.mean() + relu(margin - fake_energies).mean()
 
 
 def g_loss(fake_energies, fake_codes, weight):
-    """L_G = E[D(G(z))] + weight * PT, Eq. 2 and Sec. 2.4."""
+    """L_G = E[D(G(z))] + weight * PT."""
     return fake_energies.mean() + weight * pull_away(fake_codes)
 
 
 def pull_away(codes):
-    """PT of codes (N, M), Sec. 2.4: the mean squared cosine between two of them.
+    """PT of codes (N, M): the mean squared cosine between two of them.
 
-    1 if all are parallel or opposite, 0 if all are at right angles, 1 / M for random ones.
+    1 if all are parallel or opposite, 0 if all are at right angles, about 1 / M for random ones.
     """
-    unit = nn.functional.normalize(codes)
+    unit = normalize(codes)  # of length 1, so that a product of two is their cosine
     squares = (unit @ unit.T).square()
     return (squares.sum() - squares.trace()) / (len(codes) * (len(codes) - 1))
 
@@ -164,173 +177,153 @@ def pull_away(codes):
 # --- training -------------------------------------------------------------------------------------
 
 
-def options(parser):
-    """This paper's defaults and own flags. Returns what is different on the cartoon faces."""
+def add_arguments(parser):
+    """This paper's defaults and its own flags. Returns the defaults that differ on cartoon."""
     parser.set_defaults(lr=2e-4, batch=64, epochs=25)
     parser.epilog = "--margin and --pull-away are the paper's, the other defaults dcgan.py's."
     add = parser.add_argument
-    add("--width", type=int, default=64, help="channels at half size (64)")
-    add("--margin", type=float, default=0.033, help="m, as a mean square (0.033)")
+    add("--width", type=int, default=64, help="feature maps at half the image's size (64)")
+    add("--margin", type=float, default=0.033, help="m, the margin of the energies (0.033)")
     add("--pull-away", type=float, default=0.1, help="weight of PT in L_G (0.1)")
     return {"width": 32, "batch": 32, "lr": 1e-3}  # faces within a minute on a CPU
 
 
 def train(args, data):
-    """Build the networks, define the training step, hand over to fit()."""
+    """Build the networks and their optimisers, and run the training loop."""
     channels = data.images.shape[1]
-    place = {"device": args.device, "memory_format": torch.channels_last}  # faster convolutions
-    G = Generator(channels, args.size, args.width).apply(init_weights_and_biases).to(**place)
-    D = Discriminator(channels, args.width).apply(init_weights_and_biases).to(**place)
+    to_device = {"device": args.device, "memory_format": torch.channels_last}  # faster convolutions
+    G = Generator(channels, args.size, args.width).apply(init_weights_and_biases).to(**to_device)
+    D = Discriminator(channels, args.width).apply(init_weights_and_biases).to(**to_device)
     opt_G = torch.optim.Adam(G.parameters(), lr=args.lr, betas=(0.5, 0.999))
     opt_D = torch.optim.Adam(D.parameters(), lr=args.lr, betas=(0.5, 0.999))
 
     def sample_z(n):
         return 2 * torch.rand(n, Z, device=args.device) - 1  # uniform in [-1, 1]
 
-    def step():
-        """One round of Alg. 1 of Goodfellow et al. 2014."""
+    def draw(n):
+        return G(sample_z(n))
+
+    for log in steps(args, data, draw, {"G": G, "D": D, "opt_G": opt_G, "opt_D": opt_D}):
         real, _ = sample_batch(data, args.batch, args.device)
         fake = G(sample_z(args.batch))
 
-        # D's step. detach(): no gradient goes back into G. Two passes: BatchNorm normalises real
-        # and fake each by themselves.
+        # D's step. detach() keeps its gradient out of G. Real and fake images go through D apart:
+        # in one batch, BatchNorm would average over both and hide from D how they differ.
         (real_energies, _), (fake_energies, _) = D(real), D(fake.detach())
         loss_D = d_loss(real_energies, fake_energies, args.margin)
         opt_D.zero_grad()
         loss_D.backward()
         opt_D.step()
 
-        # G's step, against the improved D. The gradient passes through D but stays in G alone.
+        # G's step, against the improved D. The gradient flows back through D into G; inputs= leaves
+        # D's weights without one.
         energies, codes = D(fake)
         loss_G = g_loss(energies, codes, args.pull_away)
         opt_G.zero_grad()
         loss_G.backward(inputs=list(G.parameters()))
         opt_G.step()
 
-        d_real, d_fake = real_energies.mean(), fake_energies.mean()
-        return {"loss_D": loss_D, "loss_G": loss_G, "D(x)": d_real, "D(G(z))": d_fake,
-                "pull_away": pull_away(codes.detach())}
-
-    def draw(n):
-        return G(sample_z(n))
-
-    fit(args, data, step, draw, {"G": G, "D": D, "opt_G": opt_G, "opt_D": opt_D})
+        # Tensors, not floats: .item() would make Python wait for the GPU in every step.
+        log.update({"loss_D": loss_D, "loss_G": loss_G, "D(x)": real_energies.mean(),
+                    "D(G(z))": fake_energies.mean(), "pull_away": pull_away(codes)})
 
 
 # --- the same in every script from here on --------------------------------------------------------
-# What a run does and leaves (fit), its files, the data, and the command line (main).
+# The loop's steps, what a run writes, the data sets, the command line.
 
 SCRIPT = Path(__file__).stem
-RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun's
+TORCHRUN = os.environ if "TORCHELASTIC_RUN_ID" in os.environ else {}
+RANK, RANKS = int(TORCHRUN.get("RANK", 0)), int(TORCHRUN.get("WORLD_SIZE", 1))  # of how many
 
 
-def refuse(message):
-    """For what the user can mend: one line on stderr, exit status 2. Raises SystemExit."""
-    print(f"{SCRIPT}.py: {message}".splitlines()[0], file=sys.stderr)
+def user_error(message):
+    """For mistakes that the user can fix: one line on stderr, exit status 2."""
+    print(f"{SCRIPT}.py:", " ".join(str(message).split()), file=sys.stderr)
     sys.exit(2)
 
 
-def fit(args, data, step, draw, parts, grid=None, measure=dict):
-    """Train, log, draw and save; with --generate, only draw.
+def steps(args, data, draw, to_save, grid=None, measure=lambda: {}):
+    """Yields an empty dict for every training step, which the step fills with numbers (tensors).
 
-    step()     makes one training step -> {column of losses.csv: 0-dimensional tensor}
-    draw(n)    draws n new images -> (n, C, size, size) in [-1, 1]
-    parts      every network and optimiser by name: what a checkpoint keeps
-    grid()     what pictures show -> (rows, columns, C, size, size); by default 8 x 8 of draw()
-    measure()  further columns -> {column: number}; by default none
+    After every 1 % of the run it averages them, draws and saves. With --generate it only draws.
+    draw(n): n images (n, C, size, size) in [-1, 1]. to_save: {name: network or optimiser}.
+    grid(): the picture's images (rows, columns, C, size, size), by default 8 x 8 of draw().
+    measure(): further columns of losses.csv, {name: number}, by default none.
     """
-    try:
-        for name, state in args.saved.get("parts", {}).items():
-            parts[name].load_state_dict(state)
-    except Exception as error:  # there is nothing that foreign content cannot raise
-        refuse(f"the checkpoint does not fit these networks: {error}")
+    saved, out, batch = args.checkpoint, Path(args.out), args.batch * RANKS
+    for name, state in saved.get("state", {}).items():
+        to_save[name].load_state_dict(state)
     if args.generate:
-        return generate(args, draw, parts["G"])
-    batch, out = args.batch * RANKS, Path(args.out)  # batch: the images of all processes
-    done, rows = args.saved.get("step", 0), args.saved.get("rows", [])
+        return generate(args, draw, to_save["G"])  # and yield nothing: train()'s loop ends
     total = args.steps or max(1, round(args.epochs * len(data.images) / batch))
-    args.epochs = total * batch / len(data.images)  # what --resume goes on to
+    done, rows = saved.get("step", 0), saved.get("rows", [])
     if done >= total:
-        refuse(f"this run has made its {done} steps: ask for more by --epochs or --steps")
+        user_error(f"this run has made its {done} steps; for more, give --steps")
     real = data.images[:64].to(args.device) / 127.5 - 1
     if RANK == 0:
-        (out / "samples").mkdir(parents=True, exist_ok=bool(args.saved))  # nobody else's from now
+        (out / "samples").mkdir(parents=True, exist_ok=args.resume)  # two runs must not mix
         save_image(real / 2 + 0.5, out / "real.png")
     print(f"{total} steps of {batch} from {len(data.images):,} images on {args.device} -> {out}")
 
-    signals, handlers = [], {}  # Ctrl-C and kill are noted, so that no step is cut in half
-    for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGINT)}:
-        if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores a closed terminal
-            handlers[number] = signal.signal(number, lambda n, frame: signals.append(n))
-    every, since, sums, start = math.ceil(total / 100), done, 0, time.perf_counter()
-    for now in range(done + 1, total + 1):
-        # A step's random numbers follow from its number alone: --resume need not restore any.
-        torch.manual_seed(hash((args.seed, now, RANK)))
-        values = step()
-        sums = sums + torch.stack(list(values.values())).detach()
-        stop = on_any_process(max(signals, default=0))
-        if now % every == 0 or now == total or stop:
-            means = (sums / (now - since)).tolist()  # over the steps since the last row
-            sums, since = 0, now
-            with preview(args, parts["G"]):
-                fakes = draw(64)
-                spread = float(fakes.std(0).mean() / real.std(0).mean())
-                row = {"step": now, **dict(zip(values, means)), "spread": spread, **measure()}
-                picture = grid() if grid else fakes.unflatten(0, (8, 8))
-            rows.append(row | {"images/s": (now - done) * batch / (time.perf_counter() - start)})
+    every, numbers, start = math.ceil(total / 100), [], time.perf_counter()
+    for step in range(done + 1, total + 1):
+        # Each step has its own seed: a resumed run draws the same numbers as one without a break.
+        torch.manual_seed(hash((args.seed, step, RANK)))
+        log = {}
+        yield log
+        numbers.append(torch.stack(list(log.values())).detach())
+        if step % every == 0 or step == total:
+            means = dict(zip(log, torch.stack(numbers).mean(0).tolist()))
+            numbers.clear()
             if RANK == 0:
-                record(args, data, parts, rows, picture, total)
-        if stop:
-            print(f"stopped; to go on: python {SCRIPT}.py --resume --out {args.out!r}")
-            sys.exit(128 + stop)
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+                with preview(args, to_save["G"]):
+                    fakes = draw(64)
+                    spread = float(fakes.std(0).mean() / real.std(0).mean())  # 0: all alike
+                    rows.append({"step": step, **means, "spread": spread, **measure()})
+                    picture = grid() if grid else fakes.unflatten(0, (8, 8))
+                seconds = (time.perf_counter() - start) / (step - done)  # for one step
+                print(f"step {step}/{total}  {seconds * (total - step) / 60:.1f} min left  "
+                      f"{batch / seconds:.0f} images/s", end="  ")  # record() goes on
+                record(args, data, to_save, rows, picture, step == total)
 
 
-def record(args, data, parts, rows, picture, total):
-    """Write what a run leaves: losses.csv, its curves, a picture, the GIF, the checkpoint.
-
-    If a number is NaN or infinite, the run ends before, and the last good checkpoint stays.
-    """
-    out, names, row, now = Path(args.out), list(rows[-1]), rows[-1], rows[-1]["step"]
-    left = timedelta(seconds=round((total - now) * args.batch * RANKS / row["images/s"]))
-    line = "  ".join(f"{name} {value:.3g}" for name, value in row.items() if name != "step")
+def record(args, data, to_save, rows, picture, last):
+    """Write losses.csv, curves.png, a picture, the checkpoint and, at the end, training.gif."""
+    out, row, names = Path(args.out), rows[-1], list(rows[-1])
+    collapsed = row["step"] >= 500 and row["spread"] < 0.1
+    print("  ".join(f"{name} {row[name]:.3g}" for name in names[1:]),
+          " MODE COLLAPSE: all images look alike" if collapsed else "", flush=True)
     table = np.array([list(row.values()) for row in rows])
     if not np.isfinite(table).all():
-        refuse(f"not finite at step {now}: {line}. A smaller --lr may help")
+        user_error("a number is not finite; a smaller --lr may help")
     np.savetxt(out / "losses.csv", table, "%.8g", ",", header=",".join(names), comments="")
     curves = Image.new("RGB", (640, 120 * len(names)), "white")
     pen, x = ImageDraw.Draw(curves), np.interp(table[:, 0], table[[0, -1], 0], (5, 635))
     for top, name, values in zip(range(0, curves.height, 120), names, table.T):
         low, high = values.min(), values.max()
         y = np.interp(values, (low, high), (top + 115, top + 25))
-        pen.line(np.stack((x, y), 1).ravel().tolist(), "navy", 2)
+        pen.line(list(zip(x, y)), "navy", 2)
         pen.text((5, top + 8), f"{name}: {low:.3g} to {high:.3g}, now {values[-1]:.3g}", "black")
     curves.save(out / "curves.png")
-    file = out / "samples" / f"{now:06}.png"
+    file = out / "samples" / f"{row['step']:06}.png"
     save_image(picture.flatten(0, 1) / 2 + 0.5, file, nrow=picture.shape[1])
-    if now == total:
-        files = sorted(file.parent.glob("[0-9]*.png"))[::-2][::-1]  # every second, and the last
-        images = map(Image.open, files)
-        first, *others = (image.reduce(math.ceil(max(image.size) / 600)) for image in images)
-        first.save(out / "training.gif", save_all=True, append_images=others, loop=0, duration=150)
-    passing = {"resume", "generate", "device", "out", "steps", "saved"}
-    save_file({
-        "form": f"{SCRIPT} 2", "step": now, "rows": rows, "facts": (len(data.images), data.names),
-        "settings": {name: x for name, x in vars(args).items() if name not in passing},
-        "parts": {name: part.state_dict() for name, part in parts.items()},
-        # A few images and labels, so that --generate needs no data.
-        "data": (data.images[:64].cpu().clone(), data.labels[:50_000].cpu().clone(), data.names),
-    }, out / "checkpoint.pt")
-    print(f"step {now}/{total}  {left} left  {line}", flush=True)  # a closed pipe loses nothing now
-    collapsed = [row["step"] for row in rows if row["step"] >= 500 and row["spread"] < 0.1]
-    if collapsed == [now]:  # it is told once
-        print("MODE COLLAPSE: all images look alike (their spread is below 0.1)", flush=True)
+    if last:
+        files = sorted(file.parent.glob("[0-9]*.png"))
+        frames = [Image.open(file) for file in [*files[:-1:4], files[-1]]]  # each fourth, the last
+        first, *others = [frame.reduce(math.ceil(max(frame.size) / 600)) for frame in frames]
+        first.save(out / "training.gif", append_images=others, save_all=True, duration=200, loop=0)
+    settings = {**vars(args), "checkpoint": None, "device": None}  # these two are not kept
+    state = {name: part.state_dict() for name, part in to_save.items()}
+    # --generate needs no more of the data. (Without clone(), a slice is saved as the whole tensor.)
+    some_data = data.images[:64].cpu().clone(), data.labels[:50_000].cpu().clone(), data.names
+    torch.save({"script": SCRIPT, "step": row["step"], "rows": rows, "settings": settings,
+                "state": state, "data": some_data}, out / "checkpoint.tmp")
+    os.replace(out / "checkpoint.tmp", out / "checkpoint.pt")  # there is never half a checkpoint
 
 
 @contextlib.contextmanager
 def preview(args, G):
-    """Inside: G in eval mode, no gradients, the same random numbers every time."""
+    """For drawing: G in eval mode, no gradients, the same random numbers every time."""
     torch.manual_seed(args.seed)
     G.eval()
     with torch.no_grad():
@@ -339,64 +332,29 @@ def preview(args, G):
 
 
 def generate(args, draw, G):
-    """--generate: numbered images, in place of those of an earlier call."""
+    """--generate N: N numbered images, in place of those of an earlier call."""
     folder = Path(args.out) / "generated"
     folder.mkdir(exist_ok=True)
-    for old in folder.glob("[0-9][0-9][0-9][0-9][0-9]*.png"):
-        old.unlink(missing_ok=True)
+    for old in folder.glob("[0-9]*.png"):
+        old.unlink()
     with preview(args, G):
         for first in range(0, args.generate, 64):
-            for i, image in enumerate(draw(min(64, args.generate - first)) / 2 + 0.5, first):
-                save_image(image, folder / f"{i:05}.png")
+            for i, image in enumerate(draw(min(64, args.generate - first)), first):
+                save_image(image / 2 + 0.5, folder / f"{i:05}.png")
     print(f"{args.generate} images in {folder}")
 
 
 def average_gradients(optimiser, *_):
-    """Before an optimiser's step: its gradients become their mean over torchrun's processes."""
+    """Before an optimiser's step: gradients become their means over torchrun's processes."""
     for group in optimiser.param_groups:
         for p in group["params"]:
             distributed.all_reduce(p.grad.div_(RANKS))
 
 
-def on_any_process(number=0):
-    """Wait for all processes -> the largest of their numbers."""
-    number = torch.tensor(number)
-    if distributed.is_initialized():
-        distributed.all_reduce(number, op=distributed.ReduceOp.MAX)
-    return number.item()
-
-
-def save_file(content, path):
-    """torch.save to a temporary name, then rename: at no moment is there half a file."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            torch.save(content, file)
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch makes a RuntimeError of a full disk
-        refuse(f"cannot write {path} (disk full?): {error}")
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def load_file(path, mmap=False):
-    """torch.load to the CPU, of tensors, numbers and strings alone; refuses damaged files."""
-    try:
-        return torch.load(path, map_location="cpu", mmap=mmap, weights_only=True)
-    except Exception as error:  # there is nothing that a damaged file cannot raise
-        refuse(f"{path} cannot be read: {error!r}")
-
-
-# Data: every set becomes one uint8 tensor, shuffled, kept in --root/prepared, read memory-mapped.
-
+# Data: every set becomes one uint8 tensor.
 Data = namedtuple("Data", "images labels names")  # (N, C, size, size) uint8; (N, K) 0 or 1; K names
-SETS = {"cartoon": 32, "mnist": 28, "fashion_mnist": 28, "cifar10": 32, "celeba": 64,
-        "lsun_church": 128}  # those with a name, and their usual sizes
-NEEDED = {
-    "celeba": "img_align_celeba.zip, unzipped below --root, and list_attr_celeba.txt or .csv "
-              "(https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html)",
-    "lsun_church": "church_outdoor_train_lmdb.zip, unzipped in --root (http://dl.yf.io/lsun)"}
+SETS = {"cartoon": 32, "mnist": 28, "fashion_mnist": 28, "cifar10": 32, "celeba": 64}  # their sizes
+FACE = ["Blond_Hair", "Eyeglasses", "Mouth_Slightly_Open", "Smiling", "Wearing_Lipstick"]
 
 
 def sample_batch(data, n, device):
@@ -406,136 +364,173 @@ def sample_batch(data, n, device):
 
 
 def load_images(name, size, root="data", split="train"):
-    """A data set by name, or a folder of images -> Data: size x size pixels, 1 or 3 channels.
+    """A data set by name (its split "train" or "test"), or a folder -> Data of size x size pixels.
 
-    split is "train" or "test"; a folder is always taken whole. The order is random, but always the
-    same; unreadable files and exact copies are left out, and counted.
+    The order is random, but always the same. The result is kept in root/prepared, in a file that
+    is read without filling the memory.
     """
-    try:
-        items, open_item, labels, names = find_images(name, size, Path(root), split)
-        times = [os.path.getmtime(item) for item in items if isinstance(item, str)]
-    except Exception as error:  # a damaged file or a download can raise anything
-        usual = f"an undamaged copy, or a folder of images, or one of {', '.join(SETS)}"
-        refuse(f"--data {name}: {error!r}. What is needed: {NEEDED.get(name, usual)}")
-    stamp = hashlib.sha1(repr((items, names, times)).encode() + labels.tobytes()).hexdigest()
-    key = name if name in SETS else hashlib.sha1(bytes(Path(name).resolve())).hexdigest()[:16]
-    cache = Path(root) / "prepared" / f"{key}-{size}-{split}.pt"
-    if cache.exists() and load_file(cache, mmap=True)["stamp"] == stamp:
-        return Data(*load_file(cache, mmap=True)["data"])
+    items, open_item, labels, names = find_images(name, size, Path(root), split)
+    facts = [(os.path.getsize(x), os.path.getmtime(x)) for x in items if isinstance(x, str)]
+    key = hashlib.sha1(repr((items, facts, names, labels.tobytes())).encode()).hexdigest()[:16]
+    file = Path(root) / "prepared" / f"{Path(name).name[:40]}-{size}-{split}-{key}.pt"
+    if not file.exists():  # the key is another one if any image or label has changed
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=file.parent) as pixels:
+            data = prepare_images(name, size, items, open_item, labels, names, pixels)
+            torch.save(tuple(data), f"{file}.{os.getpid()}")
+        os.replace(f"{file}.{os.getpid()}", file)
+    data = Data(*torch.load(file, mmap=True, weights_only=True))
+    print("labels:", dict(zip(data.names, data.labels.sum(0).tolist())) or "none")
+    return data
 
+
+def prepare_images(name, size, items, open_item, labels, names, file):
+    """-> Data, without unreadable files and exact copies. The file holds the pixels, not memory."""
     def decode(i):
-        with contextlib.suppress(Exception):  # Pillow raises almost anything at a broken file
+        try:
             image = ImageOps.fit(open_item(items[i]), (size, size), Image.Resampling.BILINEAR)
             return np.asarray(image.convert("RGB")).transpose(2, 0, 1)  # (3, size, size)
+        except Exception as error:  # a broken file can make Pillow raise anything
+            return f"{items[i]}: {error}"
 
-    order = random.Random(0).sample(range(len(items)), len(items))  # the first 64: a fair sample
-    kept, seen, broken, channels, room = [], set(), [], 1, 6 * size**2 * len(items) / 1e9
-    cache.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=cache.parent) as file, ThreadPool() as pool:
-        for n, (i, pixels) in enumerate(zip(order, pool.imap(decode, order, chunksize=16))):
-            if n % 10_000 == 0:
-                print(f"preparing {name}: {n:,} of {len(items):,}, {room:.2f} GB", flush=True)
-            if pixels is None:
-                broken.append(items[i])
+    order = random.Random(0).sample(range(len(items)), len(items))
+    kept, seen, broken, grey = [], set(), [], True
+    with ThreadPool() as pool:
+        for i, pixels in zip(order, pool.imap(decode, order, chunksize=16)):
+            if isinstance(pixels, str):
+                broken.append(pixels)
                 continue
-            key = i if name in SETS else hash(pixels.tobytes())  # published sets keep their copies
-            if key not in seen:
-                seen.add(key)
+            content = hash(pixels.tobytes()), labels[i].tobytes()
+            if content not in seen or name in SETS:  # published sets keep their copies
+                seen.add(content)
                 kept.append(i)
-                file.write(pixels.tobytes())  # memory may be too small for all
-                channels = 3 if (pixels != pixels[:1]).any() else channels  # 1: all were grey
-        if len(kept) < len(items):
-            copies = len(items) - len(kept) - len(broken)
-            print(f"left out: {copies} copies, {len(broken)} unreadable {broken[:1]}")
-        if len(kept) < 2:
-            refuse(f"{name} has {len(kept)} images that can be used")
-        images = np.memmap(file, np.uint8, "r+", shape=(len(kept), 3, size, size))[:, :channels]
-        data = torch.from_numpy(np.ascontiguousarray(images)), torch.from_numpy(labels[kept]), names
-        save_file({"stamp": stamp, "data": data}, cache)
-    return Data(*load_file(cache, mmap=True)["data"])
-
-
-def open_image(path):
-    """An image file as RGB: upright, on white where it is transparent."""
-    image = ImageOps.exif_transpose(Image.open(path))
-    if image.mode[0] == "I":  # 16 bits, which convert() would clip
-        image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
-    if image.has_transparency_data:
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image.convert("RGBA"))
-    return image.convert("RGB")
+                file.write(pixels.tobytes())
+                grey = grey and (pixels == pixels[0]).all()
+                if len(kept) % 10_000 == 0:
+                    print(f"preparing {name}: {len(kept):,} of {len(items):,} images", flush=True)
+    copies, several = len(items) - len(kept) - len(broken), len(seen) - len({x for x, _ in seen})
+    if copies or broken:
+        print(f"left out: {copies} copies, {len(broken)} unreadable files", *broken[:1], sep=": ")
+    if several and name not in SETS:
+        print(f"{several} images are in more than one sub-folder")
+    if not kept:
+        user_error(f"--data {name}: there is no image that can be read")
+    images = np.memmap(file, np.uint8, "r+", shape=(len(kept), 3, size, size))
+    images = np.ascontiguousarray(images[:, :1] if grey else images)
+    used = np.flatnonzero(labels[kept].any(0))  # without labels that no image has
+    labels = torch.from_numpy(labels[kept][:, used])
+    return Data(torch.from_numpy(images), labels, [names[k] for k in used])
 
 
 def find_images(name, size, root, split):
-    """-> items, a function that opens one, their labels (N, K) of 0 and 1, the K labels' names."""
+    """-> items, a function that opens one of them, their labels (N, K) of 0 and 1, K names."""
     if name == "cartoon":
-        names = ["Blond_Hair", "Eyeglasses", "Mouth_Slightly_Open", "Smiling", "Wearing_Lipstick"]
-        labels = np.random.RandomState(split == "test").randint(0, 2, (2560, 5), np.uint8)
-        return range(2560), lambda i: draw_face(f"{split} {i}", 4 * size, *labels[i]), labels, names
-    if name in ("mnist", "fashion_mnist", "cifar10"):
-        kind = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "cifar10": "CIFAR10"}[name]
-        found = getattr(torchvision.datasets, kind)(root, train=split == "train", download=True)
-        pixels, labels = np.asarray(found.data), np.eye(10, dtype=np.uint8)[list(found.targets)]
-        if name != "cifar10" and size != 28:  # 28 px in a frame of 32: sharper than scaled
-            pixels = np.pad(pixels, ((0, 0), (2, 2), (2, 2)))
-        return range(len(pixels)), lambda i: Image.fromarray(pixels[i]), labels, found.classes
+        labels = np.random.RandomState(int(split == "test")).randint(0, 2, (2560, 5), np.uint8)
+        return range(2560), lambda i: draw_face(f"{split} {i}", 4 * size, labels[i]), labels, FACE
     if name == "celeba":
-        if not any(root.rglob("list_attr_celeba.*")) and not any(root.rglob("img_align_celeba")):
-            torchvision.datasets.CelebA(root, split="all", download=True)
-        table = next(root.rglob("list_attr_celeba.*"))  # .txt: a count, names, rows; .csv: no count
-        text = table.read_text("utf-8-sig").replace(",", " ")
-        lines = [line.split() for line in text.splitlines()]
-        names = [name for name in max(lines[:2], key=len) if name != "image_id"]
-        rows = {line[0]: line[1:] for line in lines if line and line[0].endswith(".jpg")}
-        files = {Path(file).name: file for file in list_images(root) if "img_align_celeba" in file}
-        if files.keys() != rows.keys():
-            refuse(f"{len(files)} images in img_align_celeba, but {len(rows)} rows in {table}")
-        part = [file for file in sorted(rows) if (file < "182638") == (split == "train")]
-        labels = np.array([rows[file] for file in part], int).reshape(len(part), len(names)) == 1
-        face = (25, 45, 153, 173)  # the centred 128x128 of 178x218 pixels
-        return ([files[file] for file in part], lambda file: open_image(file).crop(face),
-                labels.astype(np.uint8), names)
-    folder = Path(name).resolve()
-    if name == "lsun_church":
-        folder = root.resolve() / f"church_outdoor_{'train' if split == 'train' else 'val'}"
-        if Path(f"{folder}_lmdb").exists():
-            found = torchvision.datasets.LSUN(str(root), classes=[folder.name])
-            return range(len(found)), lambda i: found[i][0], np.zeros((len(found), 0), np.uint8), []
-    files = list_images(folder)
-    tops = [file.split(os.sep)[len(folder.parts) : -1][:1] for file in files]  # ["cat"], or []
-    names = sorted({top[0] for top in tops if top and name not in SETS})
-    if names and [] in tops:
-        print(f"labels: {len(names)} sub-folders; {tops.count([])} images are in none of them")
-    labels = np.array([[top == [label] for label in names] for top in tops], np.uint8)
+        return find_celeba(root, split)
+    if name not in SETS:
+        return find_folder(name)
+    kind = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "cifar10": "CIFAR10"}[name]
+    try:
+        found = getattr(torchvision.datasets, kind)(root, train=split == "train", download=True)
+    except (RuntimeError, OSError) as error:
+        user_error(f"{name} is not in {root}, and could not be downloaded: {error}")
+    pixels, labels = np.asarray(found.data), np.eye(10, dtype=np.uint8)[list(found.targets)]
+    if name != "cifar10" and size != 28:  # 28 px in a frame of 32: sharper than scaled
+        pixels = np.pad(pixels, ((0, 0), (2, 2), (2, 2)))
+    return range(len(pixels)), lambda i: Image.fromarray(pixels[i]), labels, found.classes
+
+
+def find_celeba(root, split):
+    """CelebA or a part of it, anywhere below root. Without the table of attributes: no labels."""
+    paths = [Path(file) for file in list_files(root)]
+    images = {int(path.stem): str(path) for path in paths
+              if "img_align_celeba" in path.parts and path.stem.isdecimal()}
+    if not images:
+        user_error(f"no folder img_align_celeba with images below {root}. It and "
+                   "list_attr_celeba.txt are at https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html "
+                   "and on Kaggle")
+    tables = [p for p in paths if p.name in ("list_attr_celeba.txt", "list_attr_celeba.csv")]
+    text = tables[-1].read_text("utf-8-sig") if tables else ""
+    # A row is "000001.jpg -1 1 ...", or that with commas. The longest line above has the names.
+    rows = {int(n): re.findall(r"-?\d", row) for n, row in re.findall(r"(\d+)\.\w+(.*)", text)}
+    header = max(re.split(r"\d+\.", text)[0].splitlines(), key=len, default="")
+    names = re.findall(r'[^\s,;"]+', header.split("image_id")[-1])
+    part = [n for n in sorted(images) if (n < 182638) == (split == "train")]  # as published
+    part = [n for n in part if n in rows or not rows]
+    total = "182,637" if split == "train" else "19,962"
+    print(f"celeba: {len(part):,} of the {total} images of the {split} part")
+    labels = np.array([rows.get(n, []) for n in part]).reshape(len(part), len(names)) == "1"
+
+    def open_face(file):  # the centre, 128 x 128 pixels, of a published image
+        image = open_image(file)
+        return image.crop((25, 45, 153, 173)) if image.size == (178, 218) else image
+    return [images[n] for n in part], open_face, labels.astype(np.uint8), names
+
+
+def find_folder(name):
+    """All images below a folder, at any depth. Its sub-folders, if there are any, are labels."""
+    if not os.path.isdir(name):
+        user_error(f"--data {name!r} is neither a folder nor one of {', '.join(SETS)}")
+    folder, known = os.path.abspath(name), Image.registered_extensions()
+    parts = {file: Path(file).relative_to(folder).parts for file in list_files(folder)}
+    names = sorted({p[0] for p in parts.values() if p[1:] and Path(p[-1]).suffix.lower() in known})
+    for first, *rest in sorted(parts.values(), key=lambda p: p[0].lower() != "train"):  # it first
+        of_a_set = first.lower() in ("train", "test", "val", "valid", "validation")
+        if len(rest) > 1 and (of_a_set or names == [first]):
+            user_error(f"--data {name}: the labels are one folder deeper; give {name}/{first}")
+    files = [file for file in parts if parts[file][0] in names or not names]
+    if len(files) < len(parts):
+        print(f"left out: {len(parts) - len(files)} files that are in no label's folder")
+    labels = np.array([[parts[file][0] == label for label in names] for file in files], np.uint8)
     return files, open_image, labels.reshape(len(files), len(names)), names
 
 
-def list_images(folder):
-    """All files below it that Pillow may open, sorted; not those of hidden folders and of runs."""
-    found = []
-    for top, folders, files in os.walk(os.path.realpath(folder, strict=True), onerror=refuse):
-        folders[:] = [name for name in folders if not name.startswith((".", "__"))
-                      and not os.path.exists(os.path.join(top, name, "checkpoint.pt"))]
-        found += [os.path.join(top, name) for name in files if not name.startswith(".")
-                  and os.path.splitext(name)[1].lower() in Image.registered_extensions()]
-    return sorted(filter(os.path.isfile, found))  # a link may dangle
+def list_files(folder):
+    """All files below it, sorted; not hidden ones, and not those of runs. Links are followed."""
+    found, visited = [], set()
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(parent)
+        if real in visited or ("samples" in folders and "checkpoint.pt" in files):  # a loop; a run
+            folders[:], files = [], []  # os.walk() goes on with what is left in folders
+        visited.add(real)
+        folders[:] = sorted(name for name in folders if name[0] != ".")
+        found += [os.path.join(parent, name) for name in files if name[0] != "."]
+    return sorted(filter(os.path.isfile, found))
 
 
-def draw_face(seed, side, blond, glasses, open_mouth, smiling, lipstick):
-    """A cartoon face with these attributes; place, shape and colours are random."""
+def open_image(path):
+    """An image file as RGB: upright, 8 bits, on white where it is transparent."""
+    image = ImageOps.exif_transpose(Image.open(path))
+    if image.mode[0] in "IF":  # more than 8 bits, or fractions: convert() would clip them
+        values = np.asarray(image, np.float64)
+        low, high = values.min(), values.max()
+        white = 1 if high <= 1 else 255 if high <= 255 or image.mode == "F" else 65535
+        if not 0 <= low <= high <= white or 1 < high < 2:
+            raise ValueError(f"its values, {low:g} to {high:g}, may mean anything")
+        image = Image.fromarray((255 / white * values).round().astype(np.uint8))
+    if image.has_transparency_data:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    return image.convert("RGB")
+
+
+def draw_face(seed, side, labels):
+    """A cartoon face with the labels of FACE (five of 0 and 1); all the rest is random."""
+    blond, glasses, open_mouth, smile, lipstick = labels
     rng = random.Random(seed)
     vary, tan = rng.uniform, rng.random()
     image = Image.new("RGB", (side, side), tuple(rng.randrange(256) for _ in "RGB"))
     pen = ImageDraw.Draw(image)
     x, y, w, h = vary(0.46, 0.54), vary(0.5, 0.56), vary(0.27, 0.32), vary(0.34, 0.39)
 
-    def oval(u, v, ru, rv, fill, start=0, end=360, outline=None):  # in units of the face
+    def oval(u, v, ru, rv, fill, start=0, end=360, outline=None):  # centre and radii, in faces
         box = x + w * (u - ru), y + h * (v - rv), x + w * (u + ru), y + h * (v + rv)
         pen.chord([side * edge for edge in box], start, end, fill, outline, side // 50)
 
     skin = (int(248 - 110 * tan), int(212 - 120 * tan), int(180 - 125 * tan))
-    shadow = tuple(int(0.7 * c) for c in skin)
     hair = (rng.randint(190, 250), 180, 75) if blond else (rng.randint(40, 70), 42, 32)
+    shadow = tuple(int(0.7 * c) for c in skin)
     oval(0, -0.15, 1.22, vary(1.08, 1.2), hair)
     oval(0, 0.45, 1.22, vary(0.5, 0.9), hair)
     oval(0, 0, 1, 1, skin)
@@ -546,104 +541,88 @@ def draw_face(seed, side, blond, glasses, open_mouth, smiling, lipstick):
         oval(u, -0.12, 0.1, 0.11, "black")
         if glasses:
             oval(u, -0.12, 0.34, 0.27, None, outline="black")
-    v, ru, rv, end = (0.42, 0.42, 0.3, 180) if smiling else (0.56, 0.3, 0.2, 360)
+    v, ru, rv, end = (0.42, 0.42, 0.3, 180) if smile else (0.56, 0.3, 0.2, 360)
     lips, lip = ((200, 20, 50), 0.1) if lipstick else (shadow, 0.05)
-    oval(0, v, ru + lip * open_mouth, lip + (rv if open_mouth else 0.1 * smiling), lips, 0, end)
+    oval(0, v, ru + lip * open_mouth, lip + (rv if open_mouth else 0.1 * smile), lips, 0, end)
     if open_mouth:
         oval(0, v, ru, rv, (60, 10, 20), 0, end)
     return image
 
 
-def command_line(argv):
-    """-> the settings, checked; args.saved is the checkpoint to go on from, empty for a new run."""
-    parser = argparse.ArgumentParser(
-        f"{SCRIPT}.py", argparse.SUPPRESS, __doc__, allow_abbrev=False,
+def parse_arguments(argv):
+    """-> the settings. args.checkpoint is what --resume or --generate needs, or else empty."""
+    parser = argparse.ArgumentParser(  # without a usage text, so that an error is one line
+        prog=f"{SCRIPT}.py", usage=argparse.SUPPRESS, description=__doc__, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--data", default="cartoon", help=f"{', '.join(SETS)}, or a folder of images (cartoon)")
-    add("--root", default="data", help="where data sets are, or are downloaded to (data)")
+    add("--root", default="data", help="where the data sets are, or are downloaded to (data)")
     add("--size", type=int, choices=SIZES, help="side of the images in pixels")
-    add("--epochs", type=float, help="passes over the data (%(default)s)")
-    add("--steps", type=int, help="training steps, instead of --epochs")
+    add("--epochs", type=float, help="makes epochs x images / batch training steps (%(default)s)")
+    add("--steps", type=int, help="number of training steps, instead of --epochs")
     add("--batch", type=int, help="images in a step (%(default)s)")
     add("--lr", type=float, help="learning rate (%(default)s)")
-    add("--seed", type=int, default=0, help="where all random numbers start")
+    add("--seed", type=int, default=0, help="another one gives another run (0)")
     add("--device", help="cuda, mps or cpu; by default the first of them that is there")
-    add("--out", help="folder of the run, by default runs/SCRIPT-DATA")
+    add("--out", help="folder of the run (runs/SCRIPT-DATA)")
     add("--resume", action="store_true", help="go on from the checkpoint in --out")
-    add("--generate", type=int, metavar="N", help="draw N images from the checkpoint")
-    cartoon = options(parser)
+    add("--generate", type=int, metavar="N", help="draw N images with the checkpoint in --out")
+    cartoon = add_arguments(parser)
     parser.epilog += " On cartoon:" + "".join(f" --{k} {v}" for k, v in cartoon.items())
 
-    args = parser.parse_args(argv)
+    args = parser.parse_args(argv)  # for now: the defaults depend on some of them
+    out, checkpoint = Path(args.out or f"runs/{SCRIPT}-{Path(args.data).resolve().name}"), {}
     if args.data == "cartoon":
         parser.set_defaults(**cartoon)
-    out, saved = Path(args.out or f"runs/{SCRIPT}-{Path(args.data).resolve().name}"), {}
-    if args.resume or args.generate is not None:
-        saved = load_file(out / "checkpoint.pt")
-        if not isinstance(saved, dict) or saved.get("form") != f"{SCRIPT} 2":
-            refuse(f"{out} is a run of another script, or of an earlier version")
-        parser.set_defaults(**saved["settings"])
+    if args.resume or args.generate:
+        checkpoint = torch.load(out / "checkpoint.pt", map_location="cpu", weights_only=True)
+        if checkpoint.get("script") != SCRIPT:
+            user_error(f"{out} is a run of another script, or of an earlier version")
+        parser.set_defaults(**checkpoint["settings"])
     elif (out / "samples").exists():
-        refuse(f"{out} holds a run already: --resume it, or choose another --out")
-    parser.set_defaults(out=str(out), saved=saved, processes=RANKS)
+        user_error(f"{out} holds a run already: --resume it, delete it, or choose another --out")
     args = parser.parse_args(argv)
-    for name, value in vars(args).items():
-        flag = "--" + name.replace("_", "-")
-        usual = 1 if type(value) is int else 0
-        low = {"batch": 2, "seed": 0, "lr": 1e-12, "epochs": 1e-9}.get(name, usual)
-        if type(value) in (int, float) and not low <= value < math.inf:
-            refuse(f"{flag} {value}: not a number from {low:g} on")
-        before = saved.get("settings", {}).get(name, value)
-        if args.resume and value != before and name not in ("data", "root", "epochs"):
-            refuse(f"this run has {flag} {before}; for another, start another --out")
-    args.size = args.size or min(SIZES, key=lambda size: abs(size - SETS.get(args.data, 64)))
-    try:
-        best = torch.accelerator.current_accelerator(check_available=True) or "cpu"
-        args.device = torch.device(args.device or best)
-        if args.device.type == "cuda":
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", args.device.index or 0)))
-        torch.zeros(1, device=args.device).item()
-    except (RuntimeError, AssertionError) as error:
-        refuse(f"--device {args.device} cannot be used: {error}")
+    args.out, args.checkpoint, usual = str(out), checkpoint, SETS.get(args.data, 64)
+    args.size = args.size or min(SIZES, key=lambda size: abs(size - usual))
+    best = torch.accelerator.current_accelerator(check_available=True) or "cpu"
+    args.device = torch.device(args.device or best)
+    if args.device.type == "cuda":
+        torch.cuda.set_device(int(TORCHRUN.get("LOCAL_RANK", args.device.index or 0)))
+        torch.backends.cudnn.benchmark = True
     return args
 
 
 def get_data(args):
-    """Join the other processes, if torchrun started several -> the data, on the GPU if it fits."""
-    if RANKS > 1:
-        kinds = "cpu:gloo,cuda:nccl" if args.device.type == "cuda" else "gloo"
-        distributed.init_process_group(kinds, timeout=timedelta(hours=2))
-        register_optimizer_step_pre_hook(average_gradients)
-    for turn in (True, False):  # the first process prepares the data, the others find them prepared
-        if turn == (RANK == 0):
-            data = load_images(args.data, args.size, args.root)
-        on_any_process()
-    if args.resume and (len(data.images), data.names) != args.saved["facts"]:
-        refuse(f"{args.data} has not the images, or not the labels, of this run")
+    """-> Data, on the GPU if it fits there. torchrun's first process prepares it for all."""
+    if RANK > 0:
+        distributed.barrier()  # waits until the first process is at its barrier, too
+    data = load_images(args.data, args.size, args.root)
+    if RANK == 0 and RANKS > 1:
+        distributed.barrier()
+    if args.resume and data.names != Data(*args.checkpoint["data"]).names:
+        user_error(f"{args.data} has other labels than this run")
     if args.device.type == "cuda" and data.images.nbytes < torch.cuda.mem_get_info()[0] / 2:
-        data = Data(data.images.to(args.device), data.labels.to(args.device), data.names)
+        return Data(data.images.to(args.device), data.labels.to(args.device), data.names)
     return data
 
 
 def main(argv=None):
-    """Run with these arguments; None means those of the shell."""
-    if RANK > 0:
-        sys.stdout = open(os.devnull, "w")
+    """Run with these arguments; by default, with those of the command line."""
     try:
-        args = command_line(argv)
-        data = Data(*args.saved["data"]) if args.generate else get_data(args)
-        torch.backends.cudnn.benchmark = True
-        torch.manual_seed(hash(args.seed))  # the same first weights in all processes
+        args = parse_arguments(argv)
+        if RANKS > 1:
+            kinds = "cpu:gloo,cuda:nccl" if args.device.type == "cuda" else "gloo"
+            distributed.init_process_group(kinds, timeout=timedelta(hours=2))
+            register_optimizer_step_pre_hook(average_gradients)
+        data = Data(*args.checkpoint["data"]) if args.generate else get_data(args)
+        torch.manual_seed(args.seed)  # the same first weights in all processes
         train(args, data)
-    except (OSError, MemoryError, RuntimeError) as error:
-        # Of torch's own errors, too little memory and a lost process are not ours to mend.
-        if isinstance(error, RuntimeError) and "allocate" not in str(error) and RANKS == 1:
-            raise
-        refuse(str(error) or "too little memory")
+    except OSError as error:
+        user_error(error)
     except KeyboardInterrupt:
         sys.exit(130)
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # for names that the terminal cannot show
     main()

@@ -1,93 +1,70 @@
+# SPDX-License-Identifier: MIT
 """pix2pix: Isola, Zhu, Zhou and Efros, "Image-to-Image Translation with Conditional Adversarial
-Networks", 2016, arXiv 1611.07004; for colouring photos, with four adversarial losses to compare, as
-in Fabbri (2017).
+Networks", 2016, arXiv 1611.07004. Here it colours grey photos, with four adversarial losses to
+compare, as in C. Fabbri, "A Comparative Study of GANs Towards Automatic Image Colorization",
+University of Minnesota, 2017.
 
-G sees the lightness x of a photo and predicts its colours y: the channel L of CIELAB, and a and b.
-A blue shirt and a red one can look alike in grey. To be near the truth on average, G would paint
-both in the brown between them. D, which sees x and y together, knows brown shirts to be rare: it
-makes G decide.
+G sees the lightness x of a photo and predicts its colours y (of CIELAB: x is L, y is a and b). A
+blue shirt and a red one can look alike in grey. The guess with the smallest error on average lies
+between them: brown. D sees x and y together, learns that brown shirts are rare, and makes G decide.
 
-    L_G = gan * A_G + l1 * E[|y - y'|] + l2 * E[(y - y')^2]      y' = G(x); Eq. 4, l2 is Fabbri's
+    L_G = w * L_A + l1 * E[|y - y'|] + l2 * E[(y - y')^2]      y' = G(x); Eq. 4, l2 is Fabbri's
 
-            L_D                                                A_G, by --adversarial
+            L_D                                                L_A
     gan     -1/2 E[log D(x, y)] - 1/2 E[log(1 - D(x, y'))]     -E[log D(x, y')]          Eq. 1
     lsgan   1/2 E[(D(x, y) - 1)^2] + 1/2 E[D(x, y')^2]         1/2 E[(D(x, y') - 1)^2]   1611.04076
     wgan    E[D(x, y')] - E[D(x, y)]                           -E[D(x, y')]              1701.07875
     ebgan   E[D(x, y)] + E[max(0, m - D(x, y'))]               E[D(x, y')]               1609.03126
 
+--adversarial chooses L_D and the adversarial loss L_A; --adversarial-weight is w. The larger w is,
+the more colour there is, and the more error: a bold guess is further from the truth, on average,
+than a pale one. The losses differ in scale: w = 1 suited gan on photographs (CIFAR-10), 3 lsgan,
+100 ebgan and WGANW wgan. With w = 1, ebgan and wgan are hardly more than the distances l1 and l2.
+
 Changes from dcgan.py:
-  - G is a U-Net, from image to image: every layer on the way up also sees the map of its size from
-    the way down (Sec. 3.2.1). Its only noise is dropout (Sec. 3.1); there is no z
-  - D sees x and y. It judges patches of 70x70 pixels, each by itself (Sec. 3.2.2); for ebgan it is
-    an autoencoder, and its error the energy of the image
-  - the losses above: L_D is halved (Sec. 3.3), L_G has the distances to the true colours too.
-    WGAN comes with RMSprop, 5e-5, several D steps and clipped weights (--critic, --clip)
-  - layers without BatchNorm have a bias, the autoencoder's others too; no --g-steps; batches of 16,
-    8 epochs
-  - RGB becomes Lab and back; a training image is mirrored half of the time
-  - 64 images are held out, and never trained on. Pictures show them in triples, grey, coloured,
-    true; --generate N writes the first N of them, coloured
-  - --colorize FILE... colours photos of any size: they keep their size and their lightness
-  - losses.csv: D(y) and D(G(x)) are D's mean outputs. On the held-out images, L1 is the mean error
-    of a and b in units of Lab; L1/grey is L1 divided by that of no colour at all; PSNR is in dB,
-    from the mean square error of RGB over all of them; chroma is the mean strength of the colours,
-    sqrt(a^2 + b^2), divided by the true one: near 0 all is grey, as Fabbri's EBGAN with L1 was.
-    The spread comes from x for the most part, and says little
+  - G is a U-Net, from image to image: on the way up, every layer also sees the maps of its size
+    from the way down (Sec. 3.2.1). There is no z; dropout is the only noise (Sec. 3.1)
+  - D judges patches of 70x70 pixels, each by itself (Sec. 3.2.2). For ebgan it is an autoencoder,
+    and its error is the energy: low for colours like those of the data
+  - the losses. L_D is halved (Sec. 3.3). wgan has RMSprop, several D steps for one of G, and clips
+    D's weights, as wgan.py does. Layers without BatchNorm have a bias, the autoencoder's others too
+  - RGB becomes Lab and back, and half of the training images are mirrored
+  - 64 images are never trained on. Pictures show them in triples: grey, coloured, true. In
+    losses.csv, L1 is their mean error of a and b; L1/grey divides it by that of no colour at all;
+    PSNR is of RGB, in dB; chroma is the mean of sqrt(a^2 + b^2) over the true one, near 0 if all is
+    grey. D(y) and D(G(x)) are D's mean outputs. --generate N writes the first N, coloured
+  - --colorize colours photos. G sees a photo with its short side at --size, continued by mirror
+    images until both sides are multiples of --size. The photo keeps its shape, and its lightness
+    wherever a screen can show the colour
 
 Differs from the paper:
-  - pictures are made without dropout and with BatchNorm's running averages (eval mode), so that a
-    photo gets the same colours every time; the paper keeps the dropout and the batch's statistics
-  - the paper has 256 px, ImageNet, batches of 4 and about 6 epochs for colour. --size is 128
-    here, and may be 64 or 256, with 7, 6 or 8 levels in the U-Net; patches stay 70x70, which is
-    more than an image of 64 has. Batches of 16 keep a GPU busy. 8 epochs are Fabbri's, also in
-    batches of 4; he has random crops, the paper mirrors only
-  - the fakes of D's last step serve G's step too, as in the paper's code; WGAN's Alg. 1 draws new
-    ones. WGAN's scores are means over patches, so -L_D estimates a mean of distances of patches
-  - D returns logits; their losses stay exact where log(sigmoid) would overflow
-  - Fabbri prints E[log(1 - D)] for A_G; his code, like the paper's, has -E[log D]. He does not
-    halve L_D, and ran gan at a learning rate of 1e-4. His U-Net lacks the skip of the first layer
-  - Fabbri's L2 is half the sum of squares over a batch (4 x 256 x 256 x 2 numbers). As the mean
-    that it is here, his "L2 = 1" is --l2 262144, which leaves the adversarial loss no say
-  - Fabbri's autoencoder sees a and b alone and adds the same L to both sides, so that the energy
-    knows nothing of L. Here it sees L too. His margin of 80 is for an energy that is one number for
-    a batch. Here it is a mean square for each image: about 0.013 for photos if a and b are
-    reconstructed as 0, and the margin has to be less. Neither has the EBGAN paper's pull-away term
-  - Fabbri leaves grey photos out of the training data; here they stay in
+  - it has ImageNet at 256 px, in batches of 4. Here --size is 128, or 64 with fewer layers
+  - it draws with dropout and the batch's statistics; here a photo always gets the same colours
+  - D returns logits, and batches are drawn with replacement, as in dcgan.py
+  - the fakes of D's last step serve G, as in the paper's code, for wgan too. Its scores are means
+    over patches. ebgan has no pull-away term
+  - Fabbri does not halve L_D. His code has beta1 = 0.9, random crops, resize-convolutions by
+    default, no skip of the first layer; for wgan a gradient penalty, and a LeakyReLU on D's output
+  - with L1 and L2, he trained gan at 1e-4 and 2e-5 (8 epochs), lsgan at 1e-4 (4 and 6), ebgan at
+    1e-3 (1), wgan at 5e-5 (2 and 3). His L2 = 1 is --l2 262144 here, which leaves L_A no say
+  - his autoencoder does not see x, and his margin of 80 is for another energy. Here it is a mean
+    square, 0.015 to 0.09 for photos if all is reconstructed as grey. The margin has to be less
+  - he leaves out grey photos of one data set, Places2; here they stay in
 
-Which --gan makes the forms comparable? The ratio is the norm of the gradient that gan * A_G gives G
-over that of the L1 term, at the end of a run (tests/measure_colour.py). On photographs (CIFAR-10 as
-a folder, 64 px, --width 32, batches of 8, --l1 100):
-
-    --adversarial   --gan   steps   ratio   L1/grey   PSNR   chroma
-    (none)              0     600   0          0.94   22.3     0.39
-    gan                 1     600   0.45       1.13   21.0     0.81
-    gan                 1   1,800   0.46       1.25   20.5     0.95
-    lsgan               1     600   0.18       0.99   22.1     0.49
-    lsgan               3   1,800   0.26       1.18   20.8     0.85
-    ebgan               1     600   0.003      0.94   22.3     0.39
-    ebgan             100   1,800   0.30       1.05   21.7     0.71
-    wgan                1     600   0.01       0.94   22.2     0.40
-    wgan               20   1,800   0.01       0.94   22.2     0.47
-    wgan               40     600   1.9        1.31   19.7     1.04
-    wgan               40   1,800   1.6        1.28   20.3     1.02
-
-With 1, ebgan and wgan are regression with a bystander. D adds colour, and that costs accuracy:
-a bold guess is further from the truth, on average, than a pale one.
-
-    python pix2pix_color.py                                        # cartoon faces, on a CPU
-    python pix2pix_color.py --data celeba                          # nearly as Fabbri
-    python pix2pix_color.py --data celeba --colorize old/*.jpg     # your photos, by that run
-    python pix2pix_color.py --adversarial ebgan --out runs/energy  # another adversarial loss
+    python pix2pix_color.py                                       # cartoon faces, on a CPU
+    python pix2pix_color.py --data celeba                         # photographs of faces
+    python pix2pix_color.py --data celeba --colorize old/*.jpg    # your photos, by that run
+    python pix2pix_color.py --adversarial lsgan --adversarial-weight 3 --out runs/lsgan-colours
 """
 
 import argparse
 import contextlib
-import functools
+import glob
 import hashlib
 import math
 import os
 import random
-import signal
+import re
 import sys
 import tempfile
 import time
@@ -101,12 +78,14 @@ import torch
 import torchvision
 from PIL import Image, ImageDraw, ImageOps
 from torch import distributed, nn
+from torch.nn.functional import interpolate, pad, relu, softplus
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torchvision.utils import save_image
 
 # --- colours --------------------------------------------------------------------------------------
 # CIELAB separates lightness from colour. L is 0 (black) to 100 (white); a runs from green (-86) to
 # red (98), b from blue (-108) to yellow (94), and both are 0 for every grey. sRGB, white point D65.
+# The networks have x = L / 50 - 1 and y = (a, b) / 110, in [-1, 1], so tanh can reach all colours.
 
 RGB_TO_XYZ = [[0.412453, 0.357580, 0.180423],
               [0.212671, 0.715160, 0.072169],
@@ -117,16 +96,17 @@ DELTA = 6 / 29  # below DELTA^3 the cube root becomes a straight line
 
 
 def rgb_to_lab(rgb):
-    """(B, 3, h, w) in [0, 1] -> L, a, b (B, 3, h, w)."""
+    """(B, 3, h, w) in [0, 1] -> x (B, 1, h, w) and y (B, 2, h, w)."""
     linear = torch.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
     xyz = [t / white for t, white in zip(mix(RGB_TO_XYZ, linear), WHITE)]
     fx, fy, fz = (torch.where(t > DELTA**3, t ** (1 / 3), t / (3 * DELTA**2) + 4 / 29) for t in xyz)
-    return torch.stack([116 * fy - 16, 500 * (fx - fy), 200 * (fy - fz)], 1)
+    lab = torch.stack([116 * fy - 16, 500 * (fx - fy), 200 * (fy - fz)], 1)
+    return lab[:, :1] / 50 - 1, lab[:, 1:] / 110
 
 
-def lab_to_rgb(lab):
-    """L, a, b (B, 3, h, w) -> (B, 3, h, w) in [0, 1]; clips colours that no screen can show."""
-    lightness, a, b = lab.unbind(1)
+def lab_to_rgb(x, y):
+    """The way back, to (B, 3, h, w) in [0, 1]. Colours that no screen can show are clipped."""
+    lightness, a, b = torch.cat([50 * (x + 1), 110 * y], 1).unbind(1)
     fy = (lightness + 16) / 116
     xyz = [white * torch.where(f > DELTA, f**3, 3 * DELTA**2 * (f - 4 / 29))
            for f, white in zip((fy + a / 500, fy, fy - b / 200), WHITE)]
@@ -139,60 +119,43 @@ def mix(matrix, planes):
     return [sum(k * plane for k, plane in zip(row, planes.unbind(1))) for row in matrix]
 
 
-def to_network(rgb):
-    """(B, 3, h, w) in [0, 1] -> x (B, 1, h, w) and y (B, 2, h, w), in [-1, 1].
-
-    110 is just above the largest |a| or |b| of any RGB, so tanh can reach all colours.
-    """
-    lab = rgb_to_lab(rgb)
-    return lab[:, :1] / 50 - 1, lab[:, 1:] / 110
-
-
-def to_rgb(x, y):
-    """x (B, 1, h, w), y (B, 2, h, w), in [-1, 1] -> (B, 3, h, w) in [0, 1]."""
-    return lab_to_rgb(torch.cat([50 * (x + 1), 110 * y], 1))
-
-
 # --- networks -------------------------------------------------------------------------------------
+# Shapes in comments are for 256 px and width 64.
 
-SIZES = [64, 128, 256]  # image sizes that the networks can be built for
+SIZES = [64, 128, 256]  # the networks can be built for images of these sizes
 
 
 class Generator(nn.Module):
-    """The U-Net. Lightness (B, 1, size, size) -> colours (B, 2, size, size), both in [-1, 1].
-
-    Down to one pixel and up again. Shapes are for 256 px and width 64.
-    """
+    """The U-Net. Lightness (B, 1, size, size) -> colours (B, 2, size, size), both in [-1, 1]."""
 
     def __init__(self, size, width):
         super().__init__()
-        n = [width * min(2**i, 8) for i in range(size.bit_length() - 1)]  # 64, 128, 256, 512, 512..
-        last = len(n) - 1
+        n = [width * min(2**i, 8) for i in range(int(math.log2(size)))]  # 64, 128, 256, 512, 512...
         down = [nn.Conv2d(1, n[0], 4, stride=2, padding=1)]  # (B, 64, 128, 128)
-        for i in range(1, last):  # (B, 128, 64, 64) ... (B, 512, 2, 2)
-            down.append(nn.Sequential(
-                nn.LeakyReLU(0.2),
-                nn.Conv2d(n[i - 1], n[i], 4, stride=2, padding=1, bias=False),
-                nn.BatchNorm2d(n[i]),
-            ))
-        down.append(nn.Sequential(  # BatchNorm over one pixel would leave nothing, in a batch of 1
+        for n_in, n_out in zip(n, n[1:-1]):
+            down += [nn.Sequential(
+                nn.LeakyReLU(0.2),  # not in place: the skip needs its input
+                nn.Conv2d(n_in, n_out, 4, stride=2, padding=1, bias=False),
+                nn.BatchNorm2d(n_out),
+            )]  # (B, 128, 64, 64), (B, 256, 32, 32), (B, 512, 16, 16) ... (B, 512, 2, 2)
+        down += [nn.Sequential(  # BatchNorm over one pixel would leave nothing, in a batch of 1
             nn.LeakyReLU(0.2),
-            nn.Conv2d(n[-1], n[-1], 4, stride=2, padding=1),  # (B, 512, 1, 1)
-        ))
-        up = []
-        for i in range(last, 0, -1):  # (B, 512, 2, 2) ... (B, 64, 128, 128)
-            up.append(nn.Sequential(
+            nn.Conv2d(n[-2], n[-1], 4, stride=2, padding=1),
+        )]  # (B, 512, 1, 1)
+        n, up = n[::-1], []
+        for i in range(len(n) - 1):
+            n_in = n[i] if i == 0 else 2 * n[i]  # the maps from below, and those of the skip
+            up += [nn.Sequential(
                 nn.ReLU(inplace=True),
-                nn.ConvTranspose2d(n[i] if i == last else 2 * n[i], n[i - 1], 4, stride=2,
-                                   padding=1, bias=False),
-                nn.BatchNorm2d(n[i - 1]),
-                nn.Dropout(0.5 if i > last - 3 else 0),  # the first three: Sec. 6.1.1
-            ))
-        up.append(nn.Sequential(
+                nn.ConvTranspose2d(n_in, n[i + 1], 4, stride=2, padding=1, bias=False),
+                nn.BatchNorm2d(n[i + 1]),
+                nn.Dropout(0.5 if i < 3 else 0),  # Sec. 6.1.1
+            )]  # (B, 512, 2, 2) ... (B, 256, 32, 32), (B, 128, 64, 64), (B, 64, 128, 128)
+        up += [nn.Sequential(
             nn.ReLU(inplace=True),
-            nn.ConvTranspose2d(2 * n[0], 2, 4, stride=2, padding=1),  # (B, 2, 256, 256)
+            nn.ConvTranspose2d(2 * n[-1], 2, 4, stride=2, padding=1),
             nn.Tanh(),
-        ))
+        )]  # (B, 2, 256, 256)
         self.down, self.up = nn.ModuleList(down), nn.ModuleList(up)
 
     def forward(self, x):
@@ -202,67 +165,59 @@ class Generator(nn.Module):
             maps.append(x)
         y = self.up[0](maps.pop())
         for layer in self.up[1:]:
-            y = layer(torch.cat([y, maps.pop()], 1))  # a skip: twice the channels
+            y = layer(torch.cat([y, maps.pop()], 1))  # the skip
         return y
 
 
-class Discriminator(nn.Module):
-    """The 70x70 PatchGAN. Lightness and colours -> logits or scores (B, 1, size/8 - 2, size/8 - 2).
-
-    Each output sees a patch of 70x70 pixels. Shapes are for 256 px and width 64.
-    """
+class Discriminator(nn.Sequential):
+    """Lightness and colours -> a logit or a score for each patch of 70x70 pixels."""
 
     def __init__(self, width):
-        super().__init__()
+        n = [width, 2 * width, 4 * width, 8 * width]
         layers = [
-            nn.Conv2d(3, width, 4, stride=2, padding=1),  # (B, 64, 128, 128)
+            nn.Conv2d(3, n[0], 4, stride=2, padding=1),  # (B, 64, 128, 128)
             nn.LeakyReLU(0.2, inplace=True),
         ]
-        for n, stride in [(width, 2), (2 * width, 2), (4 * width, 1)]:
-            layers += [  # (B, 128, 64, 64), (B, 256, 32, 32), (B, 512, 31, 31)
-                nn.Conv2d(n, 2 * n, 4, stride=stride, padding=1, bias=False),
-                nn.BatchNorm2d(2 * n),
+        for n_in, n_out, stride in zip(n, n[1:], (2, 2, 1)):
+            layers += [
+                nn.Conv2d(n_in, n_out, 4, stride=stride, padding=1, bias=False),
+                nn.BatchNorm2d(n_out),
                 nn.LeakyReLU(0.2, inplace=True),
-            ]
-        layers += [nn.Conv2d(8 * width, 1, 4, stride=1, padding=1)]  # (B, 1, 30, 30)
-        self.layers = nn.Sequential(*layers)
+            ]  # (B, 128, 64, 64), (B, 256, 32, 32), (B, 512, 31, 31)
+        layers += [nn.Conv2d(n[-1], 1, 4, stride=1, padding=1)]  # (B, 1, 30, 30)
+        super().__init__(*layers)
 
     def forward(self, x, y):
-        return self.layers(torch.cat([x, y], 1))
+        return super().forward(torch.cat([x, y], 1))
 
 
-class Autoencoder(nn.Module):
-    """D of EBGAN. Lightness and colours -> energies (B,): how badly the colours are reconstructed.
-
-    Shapes are for 256 px and width 64.
-    """
+class Autoencoder(nn.Sequential):
+    """D of ebgan. Lightness and colours -> energies (B,): how badly it reconstructs the colours."""
 
     def __init__(self, width):
-        super().__init__()
+        n = [width, 2 * width, 4 * width, 8 * width]
         layers = [
-            nn.Conv2d(3, width, 4, stride=2, padding=1),  # (B, 64, 128, 128)
+            nn.Conv2d(3, n[0], 4, stride=2, padding=1),  # (B, 64, 128, 128)
             nn.LeakyReLU(0.2, inplace=True),
         ]
-        for n in (width, 2 * width, 4 * width):
-            layers += [  # (B, 128, 64, 64), (B, 256, 32, 32), (B, 512, 16, 16)
-                nn.Conv2d(n, 2 * n, 4, stride=2, padding=1),
-                nn.BatchNorm2d(2 * n),
+        for n_in, n_out in zip(n, n[1:]):
+            layers += [
+                nn.Conv2d(n_in, n_out, 4, stride=2, padding=1),
+                nn.BatchNorm2d(n_out),
                 nn.LeakyReLU(0.2, inplace=True),
-            ]
-        for n in (8 * width, 4 * width, 2 * width):
-            layers += [  # (B, 256, 32, 32), (B, 128, 64, 64), (B, 64, 128, 128)
-                nn.ConvTranspose2d(n, n // 2, 4, stride=2, padding=1),
-                nn.BatchNorm2d(n // 2),
+            ]  # (B, 128, 64, 64), (B, 256, 32, 32), (B, 512, 16, 16)
+        n = n[::-1]
+        for n_in, n_out in zip(n, n[1:]):
+            layers += [
+                nn.ConvTranspose2d(n_in, n_out, 4, stride=2, padding=1),
+                nn.BatchNorm2d(n_out),
                 nn.LeakyReLU(0.2, inplace=True),
-            ]
-        layers += [
-            nn.ConvTranspose2d(width, 2, 4, stride=2, padding=1),  # (B, 2, 256, 256)
-            nn.Tanh(),
-        ]
-        self.layers = nn.Sequential(*layers)
+            ]  # (B, 256, 32, 32), (B, 128, 64, 64), (B, 64, 128, 128)
+        layers += [nn.ConvTranspose2d(n[-1], 2, 4, stride=2, padding=1), nn.Tanh()]
+        super().__init__(*layers)
 
     def forward(self, x, y):
-        return (self.layers(torch.cat([x, y], 1)) - y).square().mean((1, 2, 3))
+        return (super().forward(torch.cat([x, y], 1)) - y).square().mean((1, 2, 3))
 
 
 def init_weights_and_biases(module):
@@ -276,28 +231,29 @@ def init_weights_and_biases(module):
 
 
 # --- losses ---------------------------------------------------------------------------------------
-# real and fake are what D returns for (x, y) and (x, G(x)): for gan logits and for lsgan and wgan
-# scores, of every patch of every image; for ebgan energies, one for each image.
+# real and fake are what D returns for (x, y) and (x, y'): logits of all patches for gan, scores of
+# all patches for lsgan and wgan, energies of whole images for ebgan.
+# With D = sigmoid(logit): -log D = softplus(-logit) and -log(1 - D) = softplus(logit).
 
 
 def d_loss(real, fake, adversarial, margin):
     """L_D, halved where Isola et al. and Mao et al. halve it."""
     match adversarial:
         case "gan":  # log 2 = 0.693 if D says 1/2 to everything
-            return (nn.functional.softplus(-real).mean() + nn.functional.softplus(fake).mean()) / 2
+            return (softplus(-real).mean() + softplus(fake).mean()) / 2
         case "lsgan":
             return ((real - 1).square().mean() + fake.square().mean()) / 2
         case "wgan":
             return fake.mean() - real.mean()
         case "ebgan":  # the hinge is taken image by image
-            return real.mean() + nn.functional.relu(margin - fake).mean()
+            return real.mean() + relu(margin - fake).mean()
 
 
-def a_loss(fake, adversarial):
-    """A_G, the adversarial part of L_G."""
+def adversarial_loss(fake, adversarial):
+    """L_A, the part of L_G that comes from D."""
     match adversarial:
         case "gan":
-            return nn.functional.softplus(-fake).mean()
+            return softplus(-fake).mean()
         case "lsgan":
             return (fake - 1).square().mean() / 2
         case "wgan":
@@ -306,95 +262,90 @@ def a_loss(fake, adversarial):
             return fake.mean()
 
 
-def g_loss(fake, adversarial, error, gan, l1, l2):
-    """L_G, with error = G(x) - y."""
-    a_g = a_loss(fake, adversarial)
-    return gan * a_g + l1 * error.abs().mean() + l2 * error.square().mean()
+def g_loss(loss_A, error, adversarial_weight, l1, l2):
+    """L_G, where error = G(x) - y."""
+    return adversarial_weight * loss_A + l1 * error.abs().mean() + l2 * error.square().mean()
+
+
+def clip(D, c):
+    """Alg. 1, line 7: all of D's weights to [-c, c], also BatchNorm's scales and shifts."""
+    with torch.no_grad():
+        for p in D.parameters():
+            p.clamp_(-c, c)
 
 
 # --- training -------------------------------------------------------------------------------------
 
 
-class Colorize(argparse.Action):
-    """--colorize FILE... counts as --generate: what lies below then wants a checkpoint, no data."""
-
-    def __call__(self, parser, args, files, option):
-        args.colorize, args.generate = files, len(files)
-
-
-def options(parser):
-    """This paper's defaults and own flags. Returns what is different on the cartoon faces."""
+def add_arguments(parser):
+    """This paper's defaults and its own flags. Returns the other defaults for the cartoon faces."""
     parser.set_defaults(size=128, batch=16, epochs=8)
-    parser.epilog = ("--lr is 2e-4 by default, with wgan 5e-5. --lr, --gan, --l1 are the paper's, "
-                     "--clip, --critic, wgan's --lr the WGAN paper's, --epochs Fabbri's (2017).")
+    parser.epilog = ("--lr is 2e-4, with wgan 5e-5. These, --clip, --critic-steps, --l1 and (for "
+                     "gan) --adversarial-weight are the papers'; --epochs is Fabbri's.")
     add = parser.add_argument
-    add("--width", type=int, default=64, help="channels at half size (64, the paper's)")
+    add("--width", type=int, default=64, help="feature maps at half the image's size (64)")
     add("--adversarial", choices=["gan", "lsgan", "ebgan", "wgan"], default="gan",
-        help="form of L_D and A_G (gan)")
-    add("--gan", type=float, default=1.0, help="weight of A_G in L_G (1)")
-    add("--l1", type=float, default=100.0, help="weight of E[|y - G(x)|] (100)")
-    add("--l2", type=float, default=0.0, help="weight of E[(y - G(x))^2] (0)")
+        help="the adversarial loss, L_D and L_A (gan)")
+    add("--adversarial-weight", type=float, default=1.0, help="w, weight of L_A in L_G (1)")
+    add("--l1", type=float, default=100.0, help="weight of E[|y - G(x)|] in L_G (100)")
+    add("--l2", type=float, default=0.0, help="weight of E[(y - G(x))^2] in L_G (0)")
     add("--margin", type=float, default=0.005, help="m of ebgan (0.005)")
     add("--clip", type=float, default=0.01, help="largest weight of wgan's D (0.01)")
-    add("--critic", type=int, default=5, help="D steps per G step of wgan (5)")
-    add("--colorize", nargs="+", metavar="FILE", action=Colorize,
-        help="colour these photos with the checkpoint")
-    return {"size": 64, "batch": 16, "epochs": 3, "width": 32}
+    add("--critic-steps", type=int, default=5, help="D's steps for each step of G in wgan (5)")
+    add("--colorize", nargs="+", metavar="FILE", dest="generate",
+        help="colour photos, or all photos in a folder, with the checkpoint in --out")
+    return {"size": 64, "epochs": 3, "width": 32}
 
 
 def train(args, data):
-    """Build the networks, define the training step, hand over to fit()."""
-    G = Generator(args.size, args.width).apply(init_weights_and_biases).to(args.device)
-    if args.colorize:
-        return colorize(args, G)
-    held_out = data.images[:64].to(args.device)
+    """Build the networks and their optimisers, and run the training loop."""
+    if isinstance(args.generate, list):  # of --colorize
+        return colorize(args)
     if data.images.shape[1] == 1:
-        refuse(f"{args.data} has no colour to learn")
-    if len(data.images) <= 64 and not args.generate:
-        refuse(f"{args.data} has {len(data.images)} images; 64 are held out, so 65 are needed")
-    if (args.generate or 0) > len(held_out):
-        refuse(f"--generate: the checkpoint has {len(held_out)} images to colour, not "
-               f"{args.generate}; --colorize takes any photo")
-
+        user_error(f"{args.data} has no colour to learn")
+    if len(data.images) < (args.generate or 65):  # 64 are held out
+        user_error(f"there are {len(data.images)} images, not the {args.generate or 65} needed")
     wgan = args.adversarial == "wgan"
+    G = Generator(args.size, args.width).apply(init_weights_and_biases).to(args.device)
     D = (Autoencoder if args.adversarial == "ebgan" else Discriminator)(args.width)
     D = D.apply(init_weights_and_biases).to(args.device)
-    args.lr = args.lr or (5e-5 if wgan else 2e-4)  # in args, so that the checkpoint knows it
-    optimiser = functools.partial(torch.optim.Adam, betas=(0.5, 0.999))
     if wgan:
-        optimiser = torch.optim.RMSprop
-    opt_G, opt_D = (optimiser(net.parameters(), lr=args.lr) for net in (G, D))
+        opt_G = torch.optim.RMSprop(G.parameters(), lr=args.lr or 5e-5)
+        opt_D = torch.optim.RMSprop(D.parameters(), lr=args.lr or 5e-5)
+        clip(D, args.clip)
+    else:
+        opt_G = torch.optim.Adam(G.parameters(), lr=args.lr or 2e-4, betas=(0.5, 0.999))
+        opt_D = torch.optim.Adam(D.parameters(), lr=args.lr or 2e-4, betas=(0.5, 0.999))
 
-    def step():
-        """D's step, or several for wgan; then G's."""
-        for _ in range(args.critic if wgan else 1):
+    draw, grid, measure = views(data.images[:64].to(args.device), G)
+    to_save = {"G": G, "D": D, "opt_G": opt_G, "opt_D": opt_D}
+    for log in steps(args, data, draw, to_save, grid, measure):
+        for _ in range(args.critic_steps if wgan else 1):
             x, y = sample_colours(data.images, args.batch, args.device)
             fake = G(x)
 
-            # D's step. detach(): no gradient goes back into G. Two passes: BatchNorm normalises
-            # real and fake each by themselves.
+            # D's step. detach() keeps its gradient out of G. Real and fake images go through D
+            # apart: in one batch BatchNorm would mix their statistics, and D could not tell them
+            # by these.
             d_real, d_fake = D(x, y), D(x, fake.detach())
             loss_D = d_loss(d_real, d_fake, args.adversarial, args.margin)
             opt_D.zero_grad()
             loss_D.backward()
             opt_D.step()
             if wgan:
-                with torch.no_grad():
-                    for p in D.parameters():
-                        p.clamp_(-args.clip, args.clip)
+                clip(D, args.clip)
 
-        # G's step, against the improved D. The gradient passes through D but stays in G alone.
-        loss_G = g_loss(D(x, fake), args.adversarial, fake - y, args.gan, args.l1, args.l2)
+        # G's step, against the improved D. The gradient flows back through D into G; inputs= says
+        # that only G's weights collect it.
+        loss_A = adversarial_loss(D(x, fake), args.adversarial)
+        loss_G = g_loss(loss_A, fake - y, args.adversarial_weight, args.l1, args.l2)
         opt_G.zero_grad()
         loss_G.backward(inputs=list(G.parameters()))
         opt_G.step()
 
-        return {"loss_D": loss_D, "loss_G": loss_G,
-                "D(y)": d_real.mean(), "D(G(x))": d_fake.mean()}
-
-    draw, grid, measure = views(held_out, G)
-    parts = {"G": G, "D": D, "opt_G": opt_G, "opt_D": opt_D}
-    fit(args, data, step, draw, parts, grid, measure)
+        # Tensors, not floats: .item() would make the GPU wait here in every step.
+        log.update({"loss_D": loss_D, "loss_G": loss_G,
+                    "D(y)": d_real.mean(), "D(G(x))": d_fake.mean()})
 
 
 def sample_colours(images, n, device):
@@ -402,186 +353,170 @@ def sample_colours(images, n, device):
     i = torch.randint(64, len(images), (n,), device=images.device)
     rgb = images[i].to(device) / 255
     mirrored = torch.rand(n, 1, 1, 1, device=device) < 0.5
-    return to_network(torch.where(mirrored, rgb.flip(3), rgb))
+    return rgb_to_lab(torch.where(mirrored, rgb.flip(3), rgb))
 
 
 def views(held_out, G):
-    """What fit() shows of the held-out images: its draw(), grid() and measure()."""
-    true = held_out / 255
-    x, y = to_network(true)
+    """What steps() shows of the 64 images that are never trained on: draw(), grid(), measure()."""
+    truth = held_out / 255
+    x, y = rgb_to_lab(truth)
 
     def draw(n):
-        return 2 * to_rgb(x[:n], G(x[:n])) - 1
+        return 2 * lab_to_rgb(x[:n], G(x[:n])) - 1
 
-    def grid():
+    def grid():  # 24 of them, each as grey, coloured, true
         i = torch.linspace(0, len(x) - 1, 24).long()
-        triples = to_rgb(x[i], 0 * y[i]), to_rgb(x[i], G(x[i])), true[i]
-        return 2 * torch.stack(triples, 1).reshape(8, 9, *true.shape[1:]) - 1
+        triples = lab_to_rgb(x[i], 0 * y[i]), lab_to_rgb(x[i], G(x[i])), truth[i]
+        return 2 * torch.stack(triples, 1).reshape(8, 9, *truth.shape[1:]) - 1
 
     def measure():
         fake = G(x)
         error = (fake - y).abs().mean()
-        noise = (to_rgb(x, fake) - true).square().mean().clamp(min=1e-10)  # at most 100 dB
+        mse = (lab_to_rgb(x, fake) - truth).square().mean().clamp(min=1e-10)  # at most 100 dB
         return {"L1": float(110 * error), "L1/grey": float(error / y.abs().mean()),
-                "PSNR": float(-10 * noise.log10()),
+                "PSNR": float(-10 * mse.log10()),
                 "chroma": float(fake.norm(dim=1).mean() / y.norm(dim=1).mean())}
 
     return draw, grid, measure
 
 
-def colorize(args, G):
-    """--colorize: colours for every photo that can be read, into the folder colorized."""
-    G.load_state_dict(args.saved["parts"]["G"])
-    names, unread = [], []
-    for path in args.colorize:
+def colorize(args):
+    """--colorize: colour every photo that can be read, into the run's folder colorized."""
+    settings, photos, unread = args.checkpoint["settings"], [], []
+    for name in args.generate:
+        found = list_files(name) if os.path.isdir(name) else [name]
+        if "*" in name:  # Windows' shells leave old/*.jpg as it is
+            found = sorted(glob.glob(name))
+        photos += found or [name]
+    G = Generator(settings["size"], settings["width"]).to(args.device)
+    G.load_state_dict(args.checkpoint["state"]["G"])
+    folder = Path(args.out) / "colorized"
+    folder.mkdir(exist_ok=True)
+    for i, path in enumerate(photos):
         try:
-            photo = np.array(open_image(path))
-        except Exception as error:  # Pillow raises almost anything at a broken file
+            photo = open_image(path)
+        except Exception as error:  # a broken file can make Pillow raise anything
             unread.append(f"{path} ({error})")
             continue
-        name, k = Path(path).stem, 2
-        while name.lower() in names:  # a/me.jpg and b/me.png become me.png and me-2.png
-            name, k = f"{Path(path).stem}-{k}", k + 1
-        names.append(name.lower())
-        file = Path(args.out) / "colorized" / f"{name}.png"
-        file.parent.mkdir(exist_ok=True)
+        file = folder / f"{i:03}-{Path(path).stem}.png"  # a/me.jpg and b/me.jpg are two files
         with preview(args, G):
-            Image.fromarray(colour_photo(photo, G, args)).save(file)
+            colour_photo(photo, G, settings["size"], args.device).save(file)
         print(f"{path} -> {file}")
     if unread:
-        refuse(f"{len(unread)} of {len(args.colorize)} photos could not be read: "
-               + ", ".join(unread))
+        user_error(f"{len(unread)} of {len(photos)} photos could not be read: {', '.join(unread)}")
 
 
-def colour_photo(photo, G, args):
-    """(h, w, 3) uint8 -> the same: the photo's own lightness, with colours by G.
-
-    Colours may be coarse: the eye takes its detail from lightness.
-    """
-    strips = torch.from_numpy(photo).permute(2, 0, 1)[None].split(256, dim=2)  # to save memory
-    x = torch.cat([to_network(strip / 255)[0] for strip in strips], 2)  # (1, 1, h, w)
-    small = nn.functional.interpolate(x, (args.size, args.size), mode="bilinear", antialias=True)
-    y = G(small.to(args.device)).cpu()  # (1, 2, size, size)
-    y = nn.functional.interpolate(y, x.shape[2:], mode="bicubic")  # (1, 2, h, w)
-    strips = zip(x.split(256, dim=2), y.split(256, dim=2))
-    rgb = torch.cat([(255 * to_rgb(*strip)[0]).round().byte() for strip in strips], 1)
-    return rgb.permute(1, 2, 0).numpy()
+def colour_photo(photo, G, size, device):
+    """A photo, as an RGB image of Pillow -> its own lightness with colours by G, as another one."""
+    w, h = (round(size * side / min(photo.size)) for side in photo.size)
+    small = np.asarray(photo.resize((w, h), Image.Resampling.BILINEAR))
+    x, _ = rgb_to_lab(torch.tensor(small, device=device).permute(2, 0, 1)[None] / 255)
+    # The U-Net halves its maps down to one pixel, so both sides must be multiples of the size.
+    y = G(pad(x, (0, -w % size, 0, -h % size), mode="reflect"))[:, :, :h, :w].cpu()
+    y = interpolate(y, photo.size[::-1], mode="bicubic")  # coarse: the eye needs no more of colours
+    rgb = torch.tensor(np.asarray(photo)).permute(2, 0, 1)[None]
+    for strip, colours in zip(rgb.split(256, dim=2), y.split(256, dim=2)):  # to save memory
+        x, _ = rgb_to_lab(strip / 255)
+        strip.copy_((255 * lab_to_rgb(x, colours)).round())
+    return Image.fromarray(rgb[0].permute(1, 2, 0).numpy())
 
 
 # --- the same in every script from here on --------------------------------------------------------
-# What a run does and leaves (fit), its files, the data, and the command line (main).
+# The loop's steps, what a run writes, the data sets, the command line.
 
 SCRIPT = Path(__file__).stem
-RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun's
+TORCHRUN = os.environ if "TORCHELASTIC_RUN_ID" in os.environ else {}
+RANK, RANKS = int(TORCHRUN.get("RANK", 0)), int(TORCHRUN.get("WORLD_SIZE", 1))  # of how many
 
 
-def refuse(message):
-    """For what the user can mend: one line on stderr, exit status 2. Raises SystemExit."""
-    print(f"{SCRIPT}.py: {message}".splitlines()[0], file=sys.stderr)
+def user_error(message):
+    """For mistakes that the user can fix: one line on stderr, exit status 2."""
+    print(f"{SCRIPT}.py:", " ".join(str(message).split()), file=sys.stderr)
     sys.exit(2)
 
 
-def fit(args, data, step, draw, parts, grid=None, measure=dict):
-    """Train, log, draw and save; with --generate, only draw.
+def steps(args, data, draw, to_save, grid=None, measure=lambda: {}):
+    """Yields an empty dict for every training step, which the step fills with numbers (tensors).
 
-    step()     makes one training step -> {column of losses.csv: 0-dimensional tensor}
-    draw(n)    draws n new images -> (n, C, size, size) in [-1, 1]
-    parts      every network and optimiser by name: what a checkpoint keeps
-    grid()     what pictures show -> (rows, columns, C, size, size); by default 8 x 8 of draw()
-    measure()  further columns -> {column: number}; by default none
+    After every 1 % of the run it averages them, draws and saves. With --generate it only draws.
+    draw(n): n images (n, C, size, size) in [-1, 1]. to_save: {name: network or optimiser}.
+    grid(): the picture's images (rows, columns, C, size, size), by default 8 x 8 of draw().
+    measure(): further columns of losses.csv, {name: number}, by default none.
     """
-    try:
-        for name, state in args.saved.get("parts", {}).items():
-            parts[name].load_state_dict(state)
-    except Exception as error:  # there is nothing that foreign content cannot raise
-        refuse(f"the checkpoint does not fit these networks: {error}")
+    saved, out, batch = args.checkpoint, Path(args.out), args.batch * RANKS
+    for name, state in saved.get("state", {}).items():
+        to_save[name].load_state_dict(state)
     if args.generate:
-        return generate(args, draw, parts["G"])
-    batch, out = args.batch * RANKS, Path(args.out)  # batch: the images of all processes
-    done, rows = args.saved.get("step", 0), args.saved.get("rows", [])
+        return generate(args, draw, to_save["G"])  # and yield nothing: train()'s loop ends
     total = args.steps or max(1, round(args.epochs * len(data.images) / batch))
-    args.epochs = total * batch / len(data.images)  # what --resume goes on to
+    done, rows = saved.get("step", 0), saved.get("rows", [])
     if done >= total:
-        refuse(f"this run has made its {done} steps: ask for more by --epochs or --steps")
+        user_error(f"this run has made its {done} steps; for more, give --steps")
     real = data.images[:64].to(args.device) / 127.5 - 1
     if RANK == 0:
-        (out / "samples").mkdir(parents=True, exist_ok=bool(args.saved))  # nobody else's from now
+        (out / "samples").mkdir(parents=True, exist_ok=args.resume)  # two runs must not mix
         save_image(real / 2 + 0.5, out / "real.png")
     print(f"{total} steps of {batch} from {len(data.images):,} images on {args.device} -> {out}")
 
-    signals, handlers = [], {}  # Ctrl-C and kill are noted, so that no step is cut in half
-    for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGINT)}:
-        if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores a closed terminal
-            handlers[number] = signal.signal(number, lambda n, frame: signals.append(n))
-    every, since, sums, start = math.ceil(total / 100), done, 0, time.perf_counter()
-    for now in range(done + 1, total + 1):
-        # A step's random numbers follow from its number alone: --resume need not restore any.
-        torch.manual_seed(hash((args.seed, now, RANK)))
-        values = step()
-        sums = sums + torch.stack(list(values.values())).detach()
-        stop = on_any_process(max(signals, default=0))
-        if now % every == 0 or now == total or stop:
-            means = (sums / (now - since)).tolist()  # over the steps since the last row
-            sums, since = 0, now
-            with preview(args, parts["G"]):
-                fakes = draw(64)
-                spread = float(fakes.std(0).mean() / real.std(0).mean())
-                row = {"step": now, **dict(zip(values, means)), "spread": spread, **measure()}
-                picture = grid() if grid else fakes.unflatten(0, (8, 8))
-            rows.append(row | {"images/s": (now - done) * batch / (time.perf_counter() - start)})
+    every, numbers, start = math.ceil(total / 100), [], time.perf_counter()
+    for step in range(done + 1, total + 1):
+        # Each step has its own seed: a resumed run draws the same numbers as one without a break.
+        torch.manual_seed(hash((args.seed, step, RANK)))
+        log = {}
+        yield log
+        numbers.append(torch.stack(list(log.values())).detach())
+        if step % every == 0 or step == total:
+            means = dict(zip(log, torch.stack(numbers).mean(0).tolist()))
+            numbers.clear()
             if RANK == 0:
-                record(args, data, parts, rows, picture, total)
-        if stop:
-            print(f"stopped; to go on: python {SCRIPT}.py --resume --out {args.out!r}")
-            sys.exit(128 + stop)
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+                with preview(args, to_save["G"]):
+                    fakes = draw(64)
+                    spread = float(fakes.std(0).mean() / real.std(0).mean())  # 0: all alike
+                    rows.append({"step": step, **means, "spread": spread, **measure()})
+                    picture = grid() if grid else fakes.unflatten(0, (8, 8))
+                seconds = (time.perf_counter() - start) / (step - done)  # for one step
+                print(f"step {step}/{total}  {seconds * (total - step) / 60:.1f} min left  "
+                      f"{batch / seconds:.0f} images/s", end="  ")  # record() goes on
+                record(args, data, to_save, rows, picture, step == total)
 
 
-def record(args, data, parts, rows, picture, total):
-    """Write what a run leaves: losses.csv, its curves, a picture, the GIF, the checkpoint.
-
-    If a number is NaN or infinite, the run ends before, and the last good checkpoint stays.
-    """
-    out, names, row, now = Path(args.out), list(rows[-1]), rows[-1], rows[-1]["step"]
-    left = timedelta(seconds=round((total - now) * args.batch * RANKS / row["images/s"]))
-    line = "  ".join(f"{name} {value:.3g}" for name, value in row.items() if name != "step")
+def record(args, data, to_save, rows, picture, last):
+    """Write losses.csv, curves.png, a picture, the checkpoint and, at the end, training.gif."""
+    out, row, names = Path(args.out), rows[-1], list(rows[-1])
+    collapsed = row["step"] >= 500 and row["spread"] < 0.1
+    print("  ".join(f"{name} {row[name]:.3g}" for name in names[1:]),
+          " MODE COLLAPSE: all images look alike" if collapsed else "", flush=True)
     table = np.array([list(row.values()) for row in rows])
     if not np.isfinite(table).all():
-        refuse(f"not finite at step {now}: {line}. A smaller --lr may help")
+        user_error("a number is not finite; a smaller --lr may help")
     np.savetxt(out / "losses.csv", table, "%.8g", ",", header=",".join(names), comments="")
     curves = Image.new("RGB", (640, 120 * len(names)), "white")
     pen, x = ImageDraw.Draw(curves), np.interp(table[:, 0], table[[0, -1], 0], (5, 635))
     for top, name, values in zip(range(0, curves.height, 120), names, table.T):
         low, high = values.min(), values.max()
         y = np.interp(values, (low, high), (top + 115, top + 25))
-        pen.line(np.stack((x, y), 1).ravel().tolist(), "navy", 2)
+        pen.line(list(zip(x, y)), "navy", 2)
         pen.text((5, top + 8), f"{name}: {low:.3g} to {high:.3g}, now {values[-1]:.3g}", "black")
     curves.save(out / "curves.png")
-    file = out / "samples" / f"{now:06}.png"
+    file = out / "samples" / f"{row['step']:06}.png"
     save_image(picture.flatten(0, 1) / 2 + 0.5, file, nrow=picture.shape[1])
-    if now == total:
-        files = sorted(file.parent.glob("[0-9]*.png"))[::-2][::-1]  # every second, and the last
-        images = map(Image.open, files)
-        first, *others = (image.reduce(math.ceil(max(image.size) / 600)) for image in images)
-        first.save(out / "training.gif", save_all=True, append_images=others, loop=0, duration=150)
-    passing = {"resume", "generate", "device", "out", "steps", "saved"}
-    save_file({
-        "form": f"{SCRIPT} 2", "step": now, "rows": rows, "facts": (len(data.images), data.names),
-        "settings": {name: x for name, x in vars(args).items() if name not in passing},
-        "parts": {name: part.state_dict() for name, part in parts.items()},
-        # A few images and labels, so that --generate needs no data.
-        "data": (data.images[:64].cpu().clone(), data.labels[:50_000].cpu().clone(), data.names),
-    }, out / "checkpoint.pt")
-    print(f"step {now}/{total}  {left} left  {line}", flush=True)  # a closed pipe loses nothing now
-    collapsed = [row["step"] for row in rows if row["step"] >= 500 and row["spread"] < 0.1]
-    if collapsed == [now]:  # it is told once
-        print("MODE COLLAPSE: all images look alike (their spread is below 0.1)", flush=True)
+    if last:
+        files = sorted(file.parent.glob("[0-9]*.png"))
+        frames = [Image.open(file) for file in [*files[:-1:4], files[-1]]]  # each fourth, the last
+        first, *others = [frame.reduce(math.ceil(max(frame.size) / 600)) for frame in frames]
+        first.save(out / "training.gif", append_images=others, save_all=True, duration=200, loop=0)
+    settings = {**vars(args), "checkpoint": None, "device": None}  # these two are not kept
+    state = {name: part.state_dict() for name, part in to_save.items()}
+    # --generate needs no more of the data. (Without clone(), a slice is saved as the whole tensor.)
+    some_data = data.images[:64].cpu().clone(), data.labels[:50_000].cpu().clone(), data.names
+    torch.save({"script": SCRIPT, "step": row["step"], "rows": rows, "settings": settings,
+                "state": state, "data": some_data}, out / "checkpoint.tmp")
+    os.replace(out / "checkpoint.tmp", out / "checkpoint.pt")  # there is never half a checkpoint
 
 
 @contextlib.contextmanager
 def preview(args, G):
-    """Inside: G in eval mode, no gradients, the same random numbers every time."""
+    """For drawing: G in eval mode, no gradients, the same random numbers every time."""
     torch.manual_seed(args.seed)
     G.eval()
     with torch.no_grad():
@@ -590,64 +525,29 @@ def preview(args, G):
 
 
 def generate(args, draw, G):
-    """--generate: numbered images, in place of those of an earlier call."""
+    """--generate N: N numbered images, in place of those of an earlier call."""
     folder = Path(args.out) / "generated"
     folder.mkdir(exist_ok=True)
-    for old in folder.glob("[0-9][0-9][0-9][0-9][0-9]*.png"):
-        old.unlink(missing_ok=True)
+    for old in folder.glob("[0-9]*.png"):
+        old.unlink()
     with preview(args, G):
         for first in range(0, args.generate, 64):
-            for i, image in enumerate(draw(min(64, args.generate - first)) / 2 + 0.5, first):
-                save_image(image, folder / f"{i:05}.png")
+            for i, image in enumerate(draw(min(64, args.generate - first)), first):
+                save_image(image / 2 + 0.5, folder / f"{i:05}.png")
     print(f"{args.generate} images in {folder}")
 
 
 def average_gradients(optimiser, *_):
-    """Before an optimiser's step: its gradients become their mean over torchrun's processes."""
+    """Before an optimiser's step: gradients become their means over torchrun's processes."""
     for group in optimiser.param_groups:
         for p in group["params"]:
             distributed.all_reduce(p.grad.div_(RANKS))
 
 
-def on_any_process(number=0):
-    """Wait for all processes -> the largest of their numbers."""
-    number = torch.tensor(number)
-    if distributed.is_initialized():
-        distributed.all_reduce(number, op=distributed.ReduceOp.MAX)
-    return number.item()
-
-
-def save_file(content, path):
-    """torch.save to a temporary name, then rename: at no moment is there half a file."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            torch.save(content, file)
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch makes a RuntimeError of a full disk
-        refuse(f"cannot write {path} (disk full?): {error}")
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def load_file(path, mmap=False):
-    """torch.load to the CPU, of tensors, numbers and strings alone; refuses damaged files."""
-    try:
-        return torch.load(path, map_location="cpu", mmap=mmap, weights_only=True)
-    except Exception as error:  # there is nothing that a damaged file cannot raise
-        refuse(f"{path} cannot be read: {error!r}")
-
-
-# Data: every set becomes one uint8 tensor, shuffled, kept in --root/prepared, read memory-mapped.
-
+# Data: every set becomes one uint8 tensor.
 Data = namedtuple("Data", "images labels names")  # (N, C, size, size) uint8; (N, K) 0 or 1; K names
-SETS = {"cartoon": 32, "mnist": 28, "fashion_mnist": 28, "cifar10": 32, "celeba": 64,
-        "lsun_church": 128}  # those with a name, and their usual sizes
-NEEDED = {
-    "celeba": "img_align_celeba.zip, unzipped below --root, and list_attr_celeba.txt or .csv "
-              "(https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html)",
-    "lsun_church": "church_outdoor_train_lmdb.zip, unzipped in --root (http://dl.yf.io/lsun)"}
+SETS = {"cartoon": 32, "mnist": 28, "fashion_mnist": 28, "cifar10": 32, "celeba": 64}  # their sizes
+FACE = ["Blond_Hair", "Eyeglasses", "Mouth_Slightly_Open", "Smiling", "Wearing_Lipstick"]
 
 
 def sample_batch(data, n, device):
@@ -657,136 +557,173 @@ def sample_batch(data, n, device):
 
 
 def load_images(name, size, root="data", split="train"):
-    """A data set by name, or a folder of images -> Data: size x size pixels, 1 or 3 channels.
+    """A data set by name (its split "train" or "test"), or a folder -> Data of size x size pixels.
 
-    split is "train" or "test"; a folder is always taken whole. The order is random, but always the
-    same; unreadable files and exact copies are left out, and counted.
+    The order is random, but always the same. The result is kept in root/prepared, in a file that
+    is read without filling the memory.
     """
-    try:
-        items, open_item, labels, names = find_images(name, size, Path(root), split)
-        times = [os.path.getmtime(item) for item in items if isinstance(item, str)]
-    except Exception as error:  # a damaged file or a download can raise anything
-        usual = f"an undamaged copy, or a folder of images, or one of {', '.join(SETS)}"
-        refuse(f"--data {name}: {error!r}. What is needed: {NEEDED.get(name, usual)}")
-    stamp = hashlib.sha1(repr((items, names, times)).encode() + labels.tobytes()).hexdigest()
-    key = name if name in SETS else hashlib.sha1(bytes(Path(name).resolve())).hexdigest()[:16]
-    cache = Path(root) / "prepared" / f"{key}-{size}-{split}.pt"
-    if cache.exists() and load_file(cache, mmap=True)["stamp"] == stamp:
-        return Data(*load_file(cache, mmap=True)["data"])
+    items, open_item, labels, names = find_images(name, size, Path(root), split)
+    facts = [(os.path.getsize(x), os.path.getmtime(x)) for x in items if isinstance(x, str)]
+    key = hashlib.sha1(repr((items, facts, names, labels.tobytes())).encode()).hexdigest()[:16]
+    file = Path(root) / "prepared" / f"{Path(name).name[:40]}-{size}-{split}-{key}.pt"
+    if not file.exists():  # the key is another one if any image or label has changed
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=file.parent) as pixels:
+            data = prepare_images(name, size, items, open_item, labels, names, pixels)
+            torch.save(tuple(data), f"{file}.{os.getpid()}")
+        os.replace(f"{file}.{os.getpid()}", file)
+    data = Data(*torch.load(file, mmap=True, weights_only=True))
+    print("labels:", dict(zip(data.names, data.labels.sum(0).tolist())) or "none")
+    return data
 
+
+def prepare_images(name, size, items, open_item, labels, names, file):
+    """-> Data, without unreadable files and exact copies. The file holds the pixels, not memory."""
     def decode(i):
-        with contextlib.suppress(Exception):  # Pillow raises almost anything at a broken file
+        try:
             image = ImageOps.fit(open_item(items[i]), (size, size), Image.Resampling.BILINEAR)
             return np.asarray(image.convert("RGB")).transpose(2, 0, 1)  # (3, size, size)
+        except Exception as error:  # a broken file can make Pillow raise anything
+            return f"{items[i]}: {error}"
 
-    order = random.Random(0).sample(range(len(items)), len(items))  # the first 64: a fair sample
-    kept, seen, broken, channels, room = [], set(), [], 1, 6 * size**2 * len(items) / 1e9
-    cache.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=cache.parent) as file, ThreadPool() as pool:
-        for n, (i, pixels) in enumerate(zip(order, pool.imap(decode, order, chunksize=16))):
-            if n % 10_000 == 0:
-                print(f"preparing {name}: {n:,} of {len(items):,}, {room:.2f} GB", flush=True)
-            if pixels is None:
-                broken.append(items[i])
+    order = random.Random(0).sample(range(len(items)), len(items))
+    kept, seen, broken, grey = [], set(), [], True
+    with ThreadPool() as pool:
+        for i, pixels in zip(order, pool.imap(decode, order, chunksize=16)):
+            if isinstance(pixels, str):
+                broken.append(pixels)
                 continue
-            key = i if name in SETS else hash(pixels.tobytes())  # published sets keep their copies
-            if key not in seen:
-                seen.add(key)
+            content = hash(pixels.tobytes()), labels[i].tobytes()
+            if content not in seen or name in SETS:  # published sets keep their copies
+                seen.add(content)
                 kept.append(i)
-                file.write(pixels.tobytes())  # memory may be too small for all
-                channels = 3 if (pixels != pixels[:1]).any() else channels  # 1: all were grey
-        if len(kept) < len(items):
-            copies = len(items) - len(kept) - len(broken)
-            print(f"left out: {copies} copies, {len(broken)} unreadable {broken[:1]}")
-        if len(kept) < 2:
-            refuse(f"{name} has {len(kept)} images that can be used")
-        images = np.memmap(file, np.uint8, "r+", shape=(len(kept), 3, size, size))[:, :channels]
-        data = torch.from_numpy(np.ascontiguousarray(images)), torch.from_numpy(labels[kept]), names
-        save_file({"stamp": stamp, "data": data}, cache)
-    return Data(*load_file(cache, mmap=True)["data"])
-
-
-def open_image(path):
-    """An image file as RGB: upright, on white where it is transparent."""
-    image = ImageOps.exif_transpose(Image.open(path))
-    if image.mode[0] == "I":  # 16 bits, which convert() would clip
-        image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
-    if image.has_transparency_data:
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image.convert("RGBA"))
-    return image.convert("RGB")
+                file.write(pixels.tobytes())
+                grey = grey and (pixels == pixels[0]).all()
+                if len(kept) % 10_000 == 0:
+                    print(f"preparing {name}: {len(kept):,} of {len(items):,} images", flush=True)
+    copies, several = len(items) - len(kept) - len(broken), len(seen) - len({x for x, _ in seen})
+    if copies or broken:
+        print(f"left out: {copies} copies, {len(broken)} unreadable files", *broken[:1], sep=": ")
+    if several and name not in SETS:
+        print(f"{several} images are in more than one sub-folder")
+    if not kept:
+        user_error(f"--data {name}: there is no image that can be read")
+    images = np.memmap(file, np.uint8, "r+", shape=(len(kept), 3, size, size))
+    images = np.ascontiguousarray(images[:, :1] if grey else images)
+    used = np.flatnonzero(labels[kept].any(0))  # without labels that no image has
+    labels = torch.from_numpy(labels[kept][:, used])
+    return Data(torch.from_numpy(images), labels, [names[k] for k in used])
 
 
 def find_images(name, size, root, split):
-    """-> items, a function that opens one, their labels (N, K) of 0 and 1, the K labels' names."""
+    """-> items, a function that opens one of them, their labels (N, K) of 0 and 1, K names."""
     if name == "cartoon":
-        names = ["Blond_Hair", "Eyeglasses", "Mouth_Slightly_Open", "Smiling", "Wearing_Lipstick"]
-        labels = np.random.RandomState(split == "test").randint(0, 2, (2560, 5), np.uint8)
-        return range(2560), lambda i: draw_face(f"{split} {i}", 4 * size, *labels[i]), labels, names
-    if name in ("mnist", "fashion_mnist", "cifar10"):
-        kind = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "cifar10": "CIFAR10"}[name]
-        found = getattr(torchvision.datasets, kind)(root, train=split == "train", download=True)
-        pixels, labels = np.asarray(found.data), np.eye(10, dtype=np.uint8)[list(found.targets)]
-        if name != "cifar10" and size != 28:  # 28 px in a frame of 32: sharper than scaled
-            pixels = np.pad(pixels, ((0, 0), (2, 2), (2, 2)))
-        return range(len(pixels)), lambda i: Image.fromarray(pixels[i]), labels, found.classes
+        labels = np.random.RandomState(int(split == "test")).randint(0, 2, (2560, 5), np.uint8)
+        return range(2560), lambda i: draw_face(f"{split} {i}", 4 * size, labels[i]), labels, FACE
     if name == "celeba":
-        if not any(root.rglob("list_attr_celeba.*")) and not any(root.rglob("img_align_celeba")):
-            torchvision.datasets.CelebA(root, split="all", download=True)
-        table = next(root.rglob("list_attr_celeba.*"))  # .txt: a count, names, rows; .csv: no count
-        text = table.read_text("utf-8-sig").replace(",", " ")
-        lines = [line.split() for line in text.splitlines()]
-        names = [name for name in max(lines[:2], key=len) if name != "image_id"]
-        rows = {line[0]: line[1:] for line in lines if line and line[0].endswith(".jpg")}
-        files = {Path(file).name: file for file in list_images(root) if "img_align_celeba" in file}
-        if files.keys() != rows.keys():
-            refuse(f"{len(files)} images in img_align_celeba, but {len(rows)} rows in {table}")
-        part = [file for file in sorted(rows) if (file < "182638") == (split == "train")]
-        labels = np.array([rows[file] for file in part], int).reshape(len(part), len(names)) == 1
-        face = (25, 45, 153, 173)  # the centred 128x128 of 178x218 pixels
-        return ([files[file] for file in part], lambda file: open_image(file).crop(face),
-                labels.astype(np.uint8), names)
-    folder = Path(name).resolve()
-    if name == "lsun_church":
-        folder = root.resolve() / f"church_outdoor_{'train' if split == 'train' else 'val'}"
-        if Path(f"{folder}_lmdb").exists():
-            found = torchvision.datasets.LSUN(str(root), classes=[folder.name])
-            return range(len(found)), lambda i: found[i][0], np.zeros((len(found), 0), np.uint8), []
-    files = list_images(folder)
-    tops = [file.split(os.sep)[len(folder.parts) : -1][:1] for file in files]  # ["cat"], or []
-    names = sorted({top[0] for top in tops if top and name not in SETS})
-    if names and [] in tops:
-        print(f"labels: {len(names)} sub-folders; {tops.count([])} images are in none of them")
-    labels = np.array([[top == [label] for label in names] for top in tops], np.uint8)
+        return find_celeba(root, split)
+    if name not in SETS:
+        return find_folder(name)
+    kind = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "cifar10": "CIFAR10"}[name]
+    try:
+        found = getattr(torchvision.datasets, kind)(root, train=split == "train", download=True)
+    except (RuntimeError, OSError) as error:
+        user_error(f"{name} is not in {root}, and could not be downloaded: {error}")
+    pixels, labels = np.asarray(found.data), np.eye(10, dtype=np.uint8)[list(found.targets)]
+    if name != "cifar10" and size != 28:  # 28 px in a frame of 32: sharper than scaled
+        pixels = np.pad(pixels, ((0, 0), (2, 2), (2, 2)))
+    return range(len(pixels)), lambda i: Image.fromarray(pixels[i]), labels, found.classes
+
+
+def find_celeba(root, split):
+    """CelebA or a part of it, anywhere below root. Without the table of attributes: no labels."""
+    paths = [Path(file) for file in list_files(root)]
+    images = {int(path.stem): str(path) for path in paths
+              if "img_align_celeba" in path.parts and path.stem.isdecimal()}
+    if not images:
+        user_error(f"no folder img_align_celeba with images below {root}. It and "
+                   "list_attr_celeba.txt are at https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html "
+                   "and on Kaggle")
+    tables = [p for p in paths if p.name in ("list_attr_celeba.txt", "list_attr_celeba.csv")]
+    text = tables[-1].read_text("utf-8-sig") if tables else ""
+    # A row is "000001.jpg -1 1 ...", or that with commas. The longest line above has the names.
+    rows = {int(n): re.findall(r"-?\d", row) for n, row in re.findall(r"(\d+)\.\w+(.*)", text)}
+    header = max(re.split(r"\d+\.", text)[0].splitlines(), key=len, default="")
+    names = re.findall(r'[^\s,;"]+', header.split("image_id")[-1])
+    part = [n for n in sorted(images) if (n < 182638) == (split == "train")]  # as published
+    part = [n for n in part if n in rows or not rows]
+    total = "182,637" if split == "train" else "19,962"
+    print(f"celeba: {len(part):,} of the {total} images of the {split} part")
+    labels = np.array([rows.get(n, []) for n in part]).reshape(len(part), len(names)) == "1"
+
+    def open_face(file):  # the centre, 128 x 128 pixels, of a published image
+        image = open_image(file)
+        return image.crop((25, 45, 153, 173)) if image.size == (178, 218) else image
+    return [images[n] for n in part], open_face, labels.astype(np.uint8), names
+
+
+def find_folder(name):
+    """All images below a folder, at any depth. Its sub-folders, if there are any, are labels."""
+    if not os.path.isdir(name):
+        user_error(f"--data {name!r} is neither a folder nor one of {', '.join(SETS)}")
+    folder, known = os.path.abspath(name), Image.registered_extensions()
+    parts = {file: Path(file).relative_to(folder).parts for file in list_files(folder)}
+    names = sorted({p[0] for p in parts.values() if p[1:] and Path(p[-1]).suffix.lower() in known})
+    for first, *rest in sorted(parts.values(), key=lambda p: p[0].lower() != "train"):  # it first
+        of_a_set = first.lower() in ("train", "test", "val", "valid", "validation")
+        if len(rest) > 1 and (of_a_set or names == [first]):
+            user_error(f"--data {name}: the labels are one folder deeper; give {name}/{first}")
+    files = [file for file in parts if parts[file][0] in names or not names]
+    if len(files) < len(parts):
+        print(f"left out: {len(parts) - len(files)} files that are in no label's folder")
+    labels = np.array([[parts[file][0] == label for label in names] for file in files], np.uint8)
     return files, open_image, labels.reshape(len(files), len(names)), names
 
 
-def list_images(folder):
-    """All files below it that Pillow may open, sorted; not those of hidden folders and of runs."""
-    found = []
-    for top, folders, files in os.walk(os.path.realpath(folder, strict=True), onerror=refuse):
-        folders[:] = [name for name in folders if not name.startswith((".", "__"))
-                      and not os.path.exists(os.path.join(top, name, "checkpoint.pt"))]
-        found += [os.path.join(top, name) for name in files if not name.startswith(".")
-                  and os.path.splitext(name)[1].lower() in Image.registered_extensions()]
-    return sorted(filter(os.path.isfile, found))  # a link may dangle
+def list_files(folder):
+    """All files below it, sorted; not hidden ones, and not those of runs. Links are followed."""
+    found, visited = [], set()
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(parent)
+        if real in visited or ("samples" in folders and "checkpoint.pt" in files):  # a loop; a run
+            folders[:], files = [], []  # os.walk() goes on with what is left in folders
+        visited.add(real)
+        folders[:] = sorted(name for name in folders if name[0] != ".")
+        found += [os.path.join(parent, name) for name in files if name[0] != "."]
+    return sorted(filter(os.path.isfile, found))
 
 
-def draw_face(seed, side, blond, glasses, open_mouth, smiling, lipstick):
-    """A cartoon face with these attributes; place, shape and colours are random."""
+def open_image(path):
+    """An image file as RGB: upright, 8 bits, on white where it is transparent."""
+    image = ImageOps.exif_transpose(Image.open(path))
+    if image.mode[0] in "IF":  # more than 8 bits, or fractions: convert() would clip them
+        values = np.asarray(image, np.float64)
+        low, high = values.min(), values.max()
+        white = 1 if high <= 1 else 255 if high <= 255 or image.mode == "F" else 65535
+        if not 0 <= low <= high <= white or 1 < high < 2:
+            raise ValueError(f"its values, {low:g} to {high:g}, may mean anything")
+        image = Image.fromarray((255 / white * values).round().astype(np.uint8))
+    if image.has_transparency_data:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    return image.convert("RGB")
+
+
+def draw_face(seed, side, labels):
+    """A cartoon face with the labels of FACE (five of 0 and 1); all the rest is random."""
+    blond, glasses, open_mouth, smile, lipstick = labels
     rng = random.Random(seed)
     vary, tan = rng.uniform, rng.random()
     image = Image.new("RGB", (side, side), tuple(rng.randrange(256) for _ in "RGB"))
     pen = ImageDraw.Draw(image)
     x, y, w, h = vary(0.46, 0.54), vary(0.5, 0.56), vary(0.27, 0.32), vary(0.34, 0.39)
 
-    def oval(u, v, ru, rv, fill, start=0, end=360, outline=None):  # in units of the face
+    def oval(u, v, ru, rv, fill, start=0, end=360, outline=None):  # centre and radii, in faces
         box = x + w * (u - ru), y + h * (v - rv), x + w * (u + ru), y + h * (v + rv)
         pen.chord([side * edge for edge in box], start, end, fill, outline, side // 50)
 
     skin = (int(248 - 110 * tan), int(212 - 120 * tan), int(180 - 125 * tan))
-    shadow = tuple(int(0.7 * c) for c in skin)
     hair = (rng.randint(190, 250), 180, 75) if blond else (rng.randint(40, 70), 42, 32)
+    shadow = tuple(int(0.7 * c) for c in skin)
     oval(0, -0.15, 1.22, vary(1.08, 1.2), hair)
     oval(0, 0.45, 1.22, vary(0.5, 0.9), hair)
     oval(0, 0, 1, 1, skin)
@@ -797,104 +734,88 @@ def draw_face(seed, side, blond, glasses, open_mouth, smiling, lipstick):
         oval(u, -0.12, 0.1, 0.11, "black")
         if glasses:
             oval(u, -0.12, 0.34, 0.27, None, outline="black")
-    v, ru, rv, end = (0.42, 0.42, 0.3, 180) if smiling else (0.56, 0.3, 0.2, 360)
+    v, ru, rv, end = (0.42, 0.42, 0.3, 180) if smile else (0.56, 0.3, 0.2, 360)
     lips, lip = ((200, 20, 50), 0.1) if lipstick else (shadow, 0.05)
-    oval(0, v, ru + lip * open_mouth, lip + (rv if open_mouth else 0.1 * smiling), lips, 0, end)
+    oval(0, v, ru + lip * open_mouth, lip + (rv if open_mouth else 0.1 * smile), lips, 0, end)
     if open_mouth:
         oval(0, v, ru, rv, (60, 10, 20), 0, end)
     return image
 
 
-def command_line(argv):
-    """-> the settings, checked; args.saved is the checkpoint to go on from, empty for a new run."""
-    parser = argparse.ArgumentParser(
-        f"{SCRIPT}.py", argparse.SUPPRESS, __doc__, allow_abbrev=False,
+def parse_arguments(argv):
+    """-> the settings. args.checkpoint is what --resume or --generate needs, or else empty."""
+    parser = argparse.ArgumentParser(  # without a usage text, so that an error is one line
+        prog=f"{SCRIPT}.py", usage=argparse.SUPPRESS, description=__doc__, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--data", default="cartoon", help=f"{', '.join(SETS)}, or a folder of images (cartoon)")
-    add("--root", default="data", help="where data sets are, or are downloaded to (data)")
+    add("--root", default="data", help="where the data sets are, or are downloaded to (data)")
     add("--size", type=int, choices=SIZES, help="side of the images in pixels")
-    add("--epochs", type=float, help="passes over the data (%(default)s)")
-    add("--steps", type=int, help="training steps, instead of --epochs")
+    add("--epochs", type=float, help="makes epochs x images / batch training steps (%(default)s)")
+    add("--steps", type=int, help="number of training steps, instead of --epochs")
     add("--batch", type=int, help="images in a step (%(default)s)")
     add("--lr", type=float, help="learning rate (%(default)s)")
-    add("--seed", type=int, default=0, help="where all random numbers start")
+    add("--seed", type=int, default=0, help="another one gives another run (0)")
     add("--device", help="cuda, mps or cpu; by default the first of them that is there")
-    add("--out", help="folder of the run, by default runs/SCRIPT-DATA")
+    add("--out", help="folder of the run (runs/SCRIPT-DATA)")
     add("--resume", action="store_true", help="go on from the checkpoint in --out")
-    add("--generate", type=int, metavar="N", help="draw N images from the checkpoint")
-    cartoon = options(parser)
+    add("--generate", type=int, metavar="N", help="draw N images with the checkpoint in --out")
+    cartoon = add_arguments(parser)
     parser.epilog += " On cartoon:" + "".join(f" --{k} {v}" for k, v in cartoon.items())
 
-    args = parser.parse_args(argv)
+    args = parser.parse_args(argv)  # for now: the defaults depend on some of them
+    out, checkpoint = Path(args.out or f"runs/{SCRIPT}-{Path(args.data).resolve().name}"), {}
     if args.data == "cartoon":
         parser.set_defaults(**cartoon)
-    out, saved = Path(args.out or f"runs/{SCRIPT}-{Path(args.data).resolve().name}"), {}
-    if args.resume or args.generate is not None:
-        saved = load_file(out / "checkpoint.pt")
-        if not isinstance(saved, dict) or saved.get("form") != f"{SCRIPT} 2":
-            refuse(f"{out} is a run of another script, or of an earlier version")
-        parser.set_defaults(**saved["settings"])
+    if args.resume or args.generate:
+        checkpoint = torch.load(out / "checkpoint.pt", map_location="cpu", weights_only=True)
+        if checkpoint.get("script") != SCRIPT:
+            user_error(f"{out} is a run of another script, or of an earlier version")
+        parser.set_defaults(**checkpoint["settings"])
     elif (out / "samples").exists():
-        refuse(f"{out} holds a run already: --resume it, or choose another --out")
-    parser.set_defaults(out=str(out), saved=saved, processes=RANKS)
+        user_error(f"{out} holds a run already: --resume it, delete it, or choose another --out")
     args = parser.parse_args(argv)
-    for name, value in vars(args).items():
-        flag = "--" + name.replace("_", "-")
-        usual = 1 if type(value) is int else 0
-        low = {"batch": 2, "seed": 0, "lr": 1e-12, "epochs": 1e-9}.get(name, usual)
-        if type(value) in (int, float) and not low <= value < math.inf:
-            refuse(f"{flag} {value}: not a number from {low:g} on")
-        before = saved.get("settings", {}).get(name, value)
-        if args.resume and value != before and name not in ("data", "root", "epochs"):
-            refuse(f"this run has {flag} {before}; for another, start another --out")
-    args.size = args.size or min(SIZES, key=lambda size: abs(size - SETS.get(args.data, 64)))
-    try:
-        best = torch.accelerator.current_accelerator(check_available=True) or "cpu"
-        args.device = torch.device(args.device or best)
-        if args.device.type == "cuda":
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", args.device.index or 0)))
-        torch.zeros(1, device=args.device).item()
-    except (RuntimeError, AssertionError) as error:
-        refuse(f"--device {args.device} cannot be used: {error}")
+    args.out, args.checkpoint, usual = str(out), checkpoint, SETS.get(args.data, 64)
+    args.size = args.size or min(SIZES, key=lambda size: abs(size - usual))
+    best = torch.accelerator.current_accelerator(check_available=True) or "cpu"
+    args.device = torch.device(args.device or best)
+    if args.device.type == "cuda":
+        torch.cuda.set_device(int(TORCHRUN.get("LOCAL_RANK", args.device.index or 0)))
+        torch.backends.cudnn.benchmark = True
     return args
 
 
 def get_data(args):
-    """Join the other processes, if torchrun started several -> the data, on the GPU if it fits."""
-    if RANKS > 1:
-        kinds = "cpu:gloo,cuda:nccl" if args.device.type == "cuda" else "gloo"
-        distributed.init_process_group(kinds, timeout=timedelta(hours=2))
-        register_optimizer_step_pre_hook(average_gradients)
-    for turn in (True, False):  # the first process prepares the data, the others find them prepared
-        if turn == (RANK == 0):
-            data = load_images(args.data, args.size, args.root)
-        on_any_process()
-    if args.resume and (len(data.images), data.names) != args.saved["facts"]:
-        refuse(f"{args.data} has not the images, or not the labels, of this run")
+    """-> Data, on the GPU if it fits there. torchrun's first process prepares it for all."""
+    if RANK > 0:
+        distributed.barrier()  # waits until the first process is at its barrier, too
+    data = load_images(args.data, args.size, args.root)
+    if RANK == 0 and RANKS > 1:
+        distributed.barrier()
+    if args.resume and data.names != Data(*args.checkpoint["data"]).names:
+        user_error(f"{args.data} has other labels than this run")
     if args.device.type == "cuda" and data.images.nbytes < torch.cuda.mem_get_info()[0] / 2:
-        data = Data(data.images.to(args.device), data.labels.to(args.device), data.names)
+        return Data(data.images.to(args.device), data.labels.to(args.device), data.names)
     return data
 
 
 def main(argv=None):
-    """Run with these arguments; None means those of the shell."""
-    if RANK > 0:
-        sys.stdout = open(os.devnull, "w")
+    """Run with these arguments; by default, with those of the command line."""
     try:
-        args = command_line(argv)
-        data = Data(*args.saved["data"]) if args.generate else get_data(args)
-        torch.backends.cudnn.benchmark = True
-        torch.manual_seed(hash(args.seed))  # the same first weights in all processes
+        args = parse_arguments(argv)
+        if RANKS > 1:
+            kinds = "cpu:gloo,cuda:nccl" if args.device.type == "cuda" else "gloo"
+            distributed.init_process_group(kinds, timeout=timedelta(hours=2))
+            register_optimizer_step_pre_hook(average_gradients)
+        data = Data(*args.checkpoint["data"]) if args.generate else get_data(args)
+        torch.manual_seed(args.seed)  # the same first weights in all processes
         train(args, data)
-    except (OSError, MemoryError, RuntimeError) as error:
-        # Of torch's own errors, too little memory and a lost process are not ours to mend.
-        if isinstance(error, RuntimeError) and "allocate" not in str(error) and RANKS == 1:
-            raise
-        refuse(str(error) or "too little memory")
+    except OSError as error:
+        user_error(error)
     except KeyboardInterrupt:
         sys.exit(130)
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # for names that the terminal cannot show
     main()

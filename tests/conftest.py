@@ -10,6 +10,7 @@ import sys
 import tempfile
 import traceback
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -136,21 +137,32 @@ def cartoons(module, n, size):
     return module.Data(images[:n].clone(), labels[:n].clone(), names)
 
 
-def nets(parts):
-    """[(name, network)] of what fit() gets as parts."""
-    return [(name, part) for name, part in parts.items() if isinstance(part, torch.nn.Module)]
+def nets(to_save):
+    """[(name, network)] of what steps() is to save."""
+    return [(name, part) for name, part in to_save.items() if isinstance(part, torch.nn.Module)]
 
 
-def step_of(module, monkeypatch, args, data):
-    """What train() hands to fit(): {"step": ..., "draw": ..., "parts": ..., "grid": ...}."""
-    caught = {}
+def run_train(module, monkeypatch, flags, data, n=1, watch=lambda run: None):
+    """train() with a steps() that makes n steps and writes nothing.
 
-    def fit(args, data, step, draw, parts, grid=None, measure=dict):
-        caught.update(args=args, step=step, draw=draw, parts=parts, grid=grid, measure=measure)
+    -> run: args, draw, to_save, grid, measure, as steps() got them, and logs, a dict for each step.
+    watch(run) is called before the first step and after each.
+    """
+    run = SimpleNamespace(logs=[])
 
-    monkeypatch.setattr(module, "fit", fit)
-    out = tempfile.mkdtemp(dir=DATA)  # egan writes its extractor there
-    settings = module.command_line([*map(str, args), "--out", out])
-    torch.manual_seed(settings.seed)
-    module.train(settings, data)
-    return caught
+    def steps(args, data, draw, to_save, grid=None, measure=dict):
+        vars(run).update(args=args, draw=draw, to_save=to_save, grid=grid, measure=measure)
+        watch(run)
+        for _ in range(n):
+            log = {}
+            yield log
+            run.logs.append(log)
+            watch(run)
+
+    out = tempfile.mkdtemp(dir=DATA)
+    args = module.parse_arguments([*map(str, flags), "--root", DATA, "--out", out])
+    torch.manual_seed(args.seed)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "steps", steps)
+        module.train(args, data)
+    return run

@@ -1,11 +1,10 @@
-"""acgan.py: the second head, its two losses, and drawing what was asked for."""
+"""acgan.py: the second head, its losses, and pictures of what labels do."""
 
 import math
 
-import numpy as np
 import pytest
 import torch
-from conftest import HERE, call, cartoons, load, step_of
+from conftest import HERE, call, cartoons, load, run_train
 from PIL import Image
 
 acgan = load(HERE / "acgan.py")
@@ -17,13 +16,13 @@ def count(net):
     return sum(p.numel() for p in net.parameters())
 
 
-def test_parameter_counts_and_shapes():
-    """40 attributes: both heads read the same 129 features."""
+def test_parameter_counts_and_both_heads_read_the_same_features():
+    """For 40 attributes. D has a convolution more than the report's, of 262,272 parameters."""
     G, D = acgan.Generator(3, 64, 128, 40), acgan.Discriminator(3, 64, 128, 40)
-    assert (count(G), count(D)) == (1_401_347, 798_418)
+    assert (count(G), count(D)) == (1_401_347, 798_418 + 262_272)
     assert (D.source.in_features, D.source.out_features) == (129, 1)
     assert (D.labels.in_features, D.labels.out_features) == (129, 40)
-    assert D.features[:8](torch.rand(2, 3, 64, 64)).shape == (2, 128, 4, 4)
+    assert D.features[:10](torch.rand(2, 3, 64, 64)).shape == (2, 128, 2, 2)
     logits, labels = D(G(torch.randn(2, acgan.Z), torch.ones(2, 40)))
     assert logits.shape == (2,) and labels.shape == (2, 40)
 
@@ -72,14 +71,12 @@ def test_without_aux_the_losses_are_those_of_sngan():
 
 def test_aux_weighs_the_labels(monkeypatch):
     """loss_D and loss_G at --aux 0, 1, 3 lie on a line; at 0 nothing reaches the second head."""
-    losses = {}
+    losses, data = {}, cartoons(acgan, 16, 16)
     for aux in (0, 1, 3):
-        torch.manual_seed(0)
-        data = cartoons(acgan, 16, 16)
-        caught = step_of(acgan, monkeypatch, [*TINY, "--aux", aux, "--lr", 1e-12], data)
-        head = caught["parts"]["D"].labels
-        losses[aux] = {k: v.item() for k, v in caught["step"]().items()}
-        assert (head.weight.grad.abs().max() > 0) == (aux > 0)
+        flags = [*TINY, "--aux", aux, "--lr", 1e-12]
+        run = run_train(acgan, monkeypatch, flags, data, watch=lambda run: torch.manual_seed(0))
+        losses[aux] = {name: value.item() for name, value in run.logs[0].items()}
+        assert (run.to_save["D"].labels.weight.grad.abs().max() > 0) == (aux > 0)
     for name in ("loss_D", "loss_G"):
         by_one = losses[1][name] - losses[0][name]
         assert by_one > 0.3 * (2 if name == "loss_D" else 1)
@@ -88,14 +85,16 @@ def test_aux_weighs_the_labels(monkeypatch):
 
 def test_each_image_is_judged_by_its_own_label(monkeypatch):
     """The labels compared with D's on fakes are those that G got; on reals, those of the data."""
-    data = cartoons(acgan, 16, 16)
-    caught = step_of(acgan, monkeypatch, TINY, data)
-    given, compared = [], []
-    caught["parts"]["G"].register_forward_hook(lambda net, inputs, made: given.append(inputs[1]))
+    data, given, compared = cartoons(acgan, 16, 16), [], []
     label_loss = acgan.label_loss
-    monkeypatch.setattr(acgan, "label_loss", lambda logits, labels, one_hot: (
-        compared.append(labels), label_loss(logits, labels, one_hot))[1])
-    caught["step"]()
+    monkeypatch.setattr(acgan, "label_loss", lambda logits, y, one_hot: (
+        compared.append(y), label_loss(logits, y, one_hot))[1])
+
+    def watch(run):
+        if not run.logs:
+            run.to_save["G"].register_forward_hook(lambda net, z_y, made: given.append(z_y[1]))
+
+    run_train(acgan, monkeypatch, TINY, data, watch=watch)
     (drawn_for,), (real, fake, fake_again) = given, compared
     assert torch.equal(fake, drawn_for) and torch.equal(fake_again, drawn_for)
     assert not torch.equal(real, drawn_for)
@@ -103,50 +102,77 @@ def test_each_image_is_judged_by_its_own_label(monkeypatch):
     assert {tuple(row.int().tolist()) for row in drawn_for} <= rows
 
 
-def test_grid_and_guess(monkeypatch):
-    """Attributes: a column without any, then one each. Classes: one each."""
-    many = cartoons(acgan, 16, 16)
-    one = acgan.Data(many.images, torch.eye(4, dtype=torch.uint8)[[0] * 7 + [1] * 9], list("abcd"))
-    seen = []
-    for data, columns, guess in ((many, 6, None), (one, 4, 9 / 16)):
-        caught = step_of(acgan, monkeypatch, TINY, data)
-        caught["parts"]["G"].register_forward_hook(lambda net, given, made: seen.append(given))
-        with acgan.preview(caught["args"], caught["parts"]["G"]):
-            assert caught["grid"]().shape == (8, columns, 3, 16, 16)
-        z, y = (x.unflatten(0, (8, columns)) for x in seen.pop())
-        assert torch.equal(z, z[:, :1].expand_as(z)) and not torch.equal(z[0], z[1])
-        assert torch.equal(y[0], y[7]) and torch.equal(y[0, -4:], torch.eye(y.shape[2])[-4:])
-        assert (y[0, 0].sum() == 0) == (data is many)
-        share = data.labels.float().mean(0)
-        guess = guess or torch.maximum(share, 1 - share).mean().item()
-        assert caught["measure"]() == {"acc(guess)": pytest.approx(guess)}
+def with_labels(labels, names):
+    labels = torch.tensor(labels, dtype=torch.uint8)
+    return acgan.Data(torch.zeros(len(labels), 3, 16, 16, dtype=torch.uint8), labels, list(names))
 
 
-def test_attributes_choose_what_is_drawn(tmp_path, monkeypatch, capsys):
+def picture(monkeypatch, data, *flags):
+    """-> z (8, columns, 128) and labels (8, columns, K) that G got for the picture; the run."""
+    run, seen = run_train(acgan, monkeypatch, [*TINY, *flags], data, n=0), []
+    run.to_save["G"].register_forward_hook(lambda net, given, made: seen.append(given))
+    with acgan.preview(run.args, run.to_save["G"]):
+        shape = run.grid().shape
+    (z, y), = seen
+    assert shape == (8, len(y) // 8, 3, 16, 16)
+    return z.unflatten(0, shape[:2]), y.unflatten(0, shape[:2]), run
+
+
+def test_the_picture_of_classes_has_one_z_per_row_and_one_class_per_column(monkeypatch):
+    data = with_labels([[1, 0, 0, 0]] * 7 + [[0, 0, 1, 0]] * 9, ["a", "b, c", "b", " c"])
+    z, y, run = picture(monkeypatch, data)
+    assert torch.equal(z, z[:, :1].expand_as(z)) and not torch.equal(z[0], z[1])
+    assert torch.equal(y, torch.eye(4).expand(8, 4, 4))
+    assert run.measure() == {"acc(guess)": 9 / 16}
+    for attributes, columns in (("b,a", [2, 0]), ("b, c", [1])):  # a name may hold a comma
+        _, y, _ = picture(monkeypatch, data, "--attributes", attributes)
+        assert torch.equal(y, torch.eye(4)[columns].expand(8, -1, -1))
+
+
+def test_the_picture_of_attributes_turns_one_round_per_column(monkeypatch):
+    """Rows begin with real labels. Shown are the eight with a frequency closest to 1/2."""
+    labels = [[int(10 * k + 5 > i) for k in range(12)] for i in range(120)]  # 1/24, 3/24, ...
+    data = with_labels(labels, "abcdefghijkl")
+    z, y, run = picture(monkeypatch, data)
+    assert torch.equal(z, z[:, :1].expand_as(z)) and not torch.equal(z[0], z[1])
+    real = {tuple(row) for row in labels}
+    assert {tuple(row.int().tolist()) for row in y[:, 0]} <= real and len(y[:, 0].unique(dim=0)) > 1
+    frequency = torch.tensor(labels).float().mean(0)
+    turned = torch.cat([torch.zeros(1, 12), torch.eye(12)[2:10]])
+    assert torch.equal((y - y[:, :1]).abs(), turned.expand(8, 9, 12))
+    guess = torch.maximum(frequency, 1 - frequency).mean().item()
+    assert run.measure() == {"acc(guess)": pytest.approx(guess)}
+    _, y, _ = picture(monkeypatch, data, "--attributes", "l,a")
+    turned = torch.cat([torch.zeros(1, 12), torch.eye(12)[[11, 0]]])
+    assert torch.equal((y - y[:, :1]).abs(), turned.expand(8, 3, 12))
+
+
+def test_generate_writes_the_picture_of_labels_too(tmp_path, monkeypatch, capsys):
+    """Single images have labels of the data. --attributes is the run's until another is given."""
     monkeypatch.chdir(tmp_path)
-    assert call(acgan, *TINY, "--steps", 1, "--out", "run") == 0
+    assert call(acgan, *TINY, "--steps", 1, "--out", "run", "--attributes", "Smiling") == 0
     seen, forward = [], acgan.Generator.forward
-    monkeypatch.setattr(acgan.Generator, "forward", lambda self, z, labels: (
-        seen.append(labels), forward(self, z, labels))[1])
-    generate = ["--out", "run", "--generate", 5]
-    assert call(acgan, *generate, "--attributes", "Smiling,Blond_Hair") == 0
-    assert torch.equal(seen.pop(), torch.tensor([[1.0, 0, 0, 1, 0]]).expand(5, 5))
-    chosen = np.asarray(Image.open("run/generated/00000.png"))
-    assert call(acgan, *generate) == 0
-    rows = {tuple(row.tolist()) for row in cartoons(acgan, 2560, 16).labels}
-    assert {tuple(row.int().tolist()) for row in seen.pop()} <= rows
-    assert not np.array_equal(chosen, np.asarray(Image.open("run/generated/00000.png")))
+    monkeypatch.setattr(acgan.Generator, "forward", lambda self, z, y: (
+        seen.append(y), forward(self, z, y))[1])
+    two = ["--attributes", "Smiling,Blond_Hair"]
+    for n, flags, rows, columns in ((5, [], 5, 2), (20, two, 16, 3)):
+        seen.clear()
+        assert call(acgan, "--out", "run", "--generate", n, *flags) == 0
+        single, shown = seen
+        assert {tuple(row.int().tolist()) for row in single} <= {
+            tuple(row.tolist()) for row in cartoons(acgan, 2560, 16).labels}
+        assert len(list((tmp_path / "run" / "generated").iterdir())) == len(single) == n
+        assert len(shown) == rows * columns
+        assert Image.open("run/labels.png").size == (18 * columns + 2, 18 * rows + 2)
     capsys.readouterr()
 
 
 @pytest.mark.parametrize(("flags", "expected"), [
-    (["--attributes", "Smiling"], "--attributes goes with --generate"),
     (["--attributes", "Smiling,Sad"], "--attributes Sad: there are Blond_Hair, Eyeglasses"),
-    (["--aux", "-1"], "--aux"),
-    (["--data", "flat"], "flat has no labels"),
-    (["--data", "classes", "--attributes", "a,b"], "an image has one of a, b"),
+    (["--data", "flat"], "flat has no labels. A folder needs one sub-folder per class"),
+    (["--data", "classes", "--attributes", "a,c"], "--attributes c: there are a, b"),
 ])
-def test_bad_input(tmp_path, monkeypatch, capsys, flags, expected):
+def test_mistakes_are_one_line_and_leave_nothing(tmp_path, monkeypatch, capsys, flags, expected):
     monkeypatch.chdir(tmp_path)
     for i in range(16):
         for folder in (tmp_path / "flat", tmp_path / "classes" / "ab"[i % 2]):

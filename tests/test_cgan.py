@@ -2,17 +2,18 @@
 
 import pytest
 import torch
-from conftest import HERE, call, cartoons, load, step_of
+from conftest import HERE, call, cartoons, load, run_train
 from PIL import Image
 
 cgan = load(HERE / "cgan.py")
+TINY = ["--size", 16, "--batch", 8, "--device", "cpu"]
 
 
 def count(net):
     return sum(p.numel() for p in net.parameters())
 
 
-def test_parameter_counts_and_shapes():
+def test_parameter_counts_are_those_of_the_reconstruction():
     G, D = cgan.Generator(1, 28, 10), cgan.Discriminator(1, 28, 10)
     assert (count(G), count(D)) == (2_314_621, 294_649)
     assert (count(cgan.Generator(3, 64, 15)), count(cgan.Discriminator(3, 64, 15))) == (
@@ -42,40 +43,45 @@ def test_the_label_changes_what_both_networks_say():
     assert logits.std() > 1e-3
 
 
-@pytest.mark.parametrize("tested", ["real", "fake"])
-def test_every_image_goes_with_its_label(monkeypatch, tested):
+def test_every_image_goes_with_its_label(monkeypatch):
     """Image i of the data is all i; its label is row i. G's labels are those that D gets."""
     labels = torch.eye(16, dtype=torch.uint8)
     pixels = torch.arange(16, dtype=torch.uint8).view(16, 1, 1, 1).expand(16, 1, 16, 16)
     data = cgan.Data(pixels, labels, [str(i) for i in range(16)])
-    caught = step_of(cgan, monkeypatch, ["--size", 16, "--batch", 8, "--device", "cpu"], data)
-    G, D = caught["parts"]["G"], caught["parts"]["D"]
-    seen = {"G": [], "D": []}
-    G.register_forward_hook(lambda net, given, made: seen["G"].append((*given, made.detach())))
-    D.register_forward_hook(lambda net, given, made: seen["D"].append(given))
-    caught["step"]()
-    (_, drawn_for, fake), = seen["G"]
-    assert len(seen["D"]) == 3  # real and fake in D's step, fake in G's
-    if tested == "real":
-        images, y = seen["D"][0]
-        number = ((images[:, 0, 0, 0] + 1) * 127.5).round().long()
-        assert torch.equal(number, y.argmax(1))
-    else:
-        for images, y in seen["D"][1:]:
-            assert torch.equal(images.detach(), fake) and torch.equal(y, drawn_for)
+    drawn, judged = [], []
+
+    def watch(run):
+        G, D = run.to_save["G"], run.to_save["D"]
+        if not run.logs:
+            G.register_forward_hook(lambda net, given, made: drawn.append((*given, made.detach())))
+            D.register_forward_hook(lambda net, given, made: judged.append(given))
+
+    run_train(cgan, monkeypatch, TINY, data, watch=watch)
+    ((_, drawn_for, fake),) = drawn
+    (images, y), *fakes = judged
+    assert torch.equal(((images[:, 0, 0, 0] + 1) * 127.5).round().long(), y.argmax(1))
+    assert len(fakes) == 2  # in D's step, and in G's
+    for images, y in fakes:
+        assert torch.equal(images.detach(), fake) and torch.equal(y, drawn_for)
 
 
-def test_the_grid_has_a_column_a_class_and_a_z_a_row(monkeypatch):
+@pytest.mark.parametrize("kind", ["classes", "attributes"])
+def test_the_picture_has_one_z_per_row_and_columns_of_labels(monkeypatch, kind):
     data = cartoons(cgan, 16, 16)
-    caught = step_of(cgan, monkeypatch, ["--batch", 8, "--size", 16, "--device", "cpu"], data)
-    seen = []
-    caught["parts"]["G"].register_forward_hook(lambda net, given, made: seen.append(given))
-    with cgan.preview(caught["args"], caught["parts"]["G"]):
-        images = caught["grid"]()
-    z, y = (x.unflatten(0, (8, 5)) for x in seen[0])
-    assert images.shape == (8, 5, 3, 16, 16)
-    assert torch.equal(y, torch.eye(5).expand(8, 5, 5))
+    if kind == "classes":
+        data = data._replace(labels=torch.eye(5, dtype=torch.uint8)[torch.arange(16) % 5])
+    run, seen = run_train(cgan, monkeypatch, TINY, data, n=0), []
+    run.to_save["G"].register_forward_hook(lambda net, given, made: seen.append(given))
+    with cgan.preview(run.args, run.to_save["G"]):
+        images = run.grid()
+    columns = 5 if kind == "classes" else 6
+    z, y = (x.unflatten(0, (8, columns)) for x in seen[0])
+    assert images.shape == (8, columns, 3, 16, 16)
     assert torch.equal(z, z[:, :1].expand_as(z)) and not torch.equal(z[0], z[1])
+    if kind == "classes":
+        assert torch.equal(y, torch.eye(5).expand(8, 5, 5))
+    else:
+        assert torch.equal((y - y[:, :1]).abs(), torch.eye(6)[:, 1:].expand(8, 6, 5))
 
 
 def test_labels_drawn_are_rows_of_the_data():
@@ -95,19 +101,19 @@ def test_without_labels_it_is_a_gan(monkeypatch):
     for flip in (0, 1):
         data = cartoons(cgan, 16, 16)
         data = data._replace(labels=data.labels ^ flip)
-        flags = ["--size", 16, "--batch", 8, "--device", "cpu", "--no-labels"]
-        caught = step_of(cgan, monkeypatch, flags, data)
-        torch.manual_seed(1)
-        losses.append(caught["step"]()["loss_G"].item())
-        assert caught["grid"] is None and caught["draw"](3).shape == (3, 3, 16, 16)
+        run = run_train(cgan, monkeypatch, [*TINY, "--no-labels"], data,
+                        watch=lambda run: torch.manual_seed(1))
+        losses.append(run.logs[0]["loss_G"].item())
+        assert run.grid is None and run.draw(3).shape == (3, 3, 16, 16)
     assert losses[0] == losses[1]
 
 
-def test_a_flat_folder_needs_no_flag(tmp_path, monkeypatch):
+def test_a_flat_folder_trains_without_conditions_and_says_so(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "flat").mkdir()
     for i in range(8):
         Image.new("RGB", (20, 20), (30 * i, 0, 0)).save(tmp_path / "flat" / f"{i}.png")
     assert call(cgan, "--data", "flat", "--size", 16, "--batch", 8, "--steps", 1) == 0
+    assert "labels: none\n" in capsys.readouterr().out
     assert call(cgan, "--out", "runs/cgan-flat", "--generate", 2) == 0
     assert len(list((tmp_path / "runs/cgan-flat/generated").iterdir())) == 2

@@ -4,14 +4,17 @@ import math
 
 import pytest
 import torch
-from conftest import HERE, call, cartoons, load, step_of
+from conftest import HERE, call, cartoons, load, run_train
 from torch import nn
 
 dcgan = load(HERE / "dcgan.py")
 
 
-def faces(n=16, size=16):
-    return cartoons(dcgan, n, size)
+FLAGS = ["--size", 16, "--batch", 4, "--width", 8]
+
+
+def faces():
+    return cartoons(dcgan, 16, 16)
 
 
 @pytest.mark.parametrize(
@@ -24,14 +27,14 @@ def faces(n=16, size=16):
         (3, 64, 128, 12_658_432, 11_036_160),  # the paper's width
     ],
 )
-def test_parameter_counts(channels, size, width, g, d):
+def test_the_networks_have_the_published_sizes(channels, size, width, g, d):
     G, D = dcgan.Generator(channels, size, width), dcgan.Discriminator(channels, size, width)
     assert sum(p.numel() for p in G.parameters()) == g
     assert sum(p.numel() for p in D.parameters()) == d
 
 
 @pytest.mark.parametrize("size", [16, 32, 128])
-def test_shapes_and_range(size):
+def test_images_and_logits_have_their_shapes_and_range(size):
     G, D = dcgan.Generator(1, size, 4), dcgan.Discriminator(1, size, 4)
     images = G(100 * torch.randn(5, dcgan.Z))
     assert images.shape == (5, 1, size, size) and images.abs().max() <= 1
@@ -47,7 +50,7 @@ def test_no_biases_and_no_batchnorm_at_the_image():
     assert {(norm.momentum, norm.eps) for norm in norms} == {(0.1, 1e-5)}  # eps is not momentum
 
 
-def test_initial_weights():
+def test_initial_weights_are_those_of_section_4():
     for net in (dcgan.Generator(3, 32, 32), dcgan.Discriminator(3, 32, 32)):
         net.apply(dcgan.init_weights)
         for layer in net:
@@ -70,7 +73,7 @@ def test_losses_by_hand():
 
 
 @pytest.mark.parametrize("name", ["gan_mlp", "sngan", "cgan", "acgan", "egan"])
-def test_whoever_has_logits_has_these_losses(name):
+def test_every_script_with_logits_has_these_losses(name):
     other, (real, fake) = load(HERE / f"{name}.py"), torch.randn(2, 16)
     assert other.d_loss(real, fake).item() == pytest.approx(dcgan.d_loss(real, fake).item())
     if name != "egan":  # its G has another loss too
@@ -94,97 +97,83 @@ def test_an_image_does_not_depend_on_its_neighbours_in_eval_mode():
     assert changed[0] > 1e-3 and changed[1:].max() < 1e-6
 
 
-def parameters(net):
-    return [p.detach().clone() for p in net.parameters()]
-
-
-def changed(before, net):
-    return [not torch.equal(a, b) for a, b in zip(before, net.parameters(), strict=True)]
-
-
 def test_each_optimiser_moves_its_own_network_only(monkeypatch):
-    run = step_of(dcgan, monkeypatch, ["--size", 16, "--batch", 4, "--width", 8], faces())
-    G, D = run["parts"]["G"], run["parts"]["D"]
-    opt_G, opt_D = run["parts"]["opt_G"], run["parts"]["opt_D"]
     order = []
 
-    def watch(name, optimiser, own, other):
-        original = optimiser.step
+    def watch(run):
+        if run.logs:
+            return
+        G, D = run.to_save["G"], run.to_save["D"]
+        for name, own, other in [("opt_D", D, G), ("opt_G", G, D)]:
+            optimiser = run.to_save[name]
 
-        def step():
-            before_own, before_other = parameters(own), parameters(other)
-            original()
-            assert all(changed(before_own, own)) and not any(changed(before_other, other))
-            order.append(name)
+            def step(original=optimiser.step, own=own, other=other, name=name):
+                before = [[p.detach().clone() for p in net.parameters()] for net in (own, other)]
+                if name == "opt_D":
+                    assert all(p.grad is None for p in G.parameters())  # detach() kept it out
+                original()
+                assert not any(map(torch.equal, before[0], own.parameters()))
+                assert all(map(torch.equal, before[1], other.parameters()))
+                order.append(name)
 
-        monkeypatch.setattr(optimiser, "step", step)
+            optimiser.step = step
 
-    watch("D", opt_D, D, G)
-    watch("G", opt_G, G, D)
-    run["step"]()
-    assert order == ["D", "G"]
+    run_train(dcgan, monkeypatch, [*FLAGS, "--g-steps", 3], faces(), watch=watch)
+    assert order == ["opt_D", "opt_G", "opt_G", "opt_G"]
 
 
-def test_the_gradients_are_those_of_the_formulas(monkeypatch):
-    """One step by hand, with autograd.grad and plain Adam, lands on the same weights."""
-    arguments = ["--size", 16, "--batch", 4, "--width", 8, "--g-steps", 2, "--seed", 3,
-                 "--lr", 2e-4]
-    run = step_of(dcgan, monkeypatch, arguments, faces())
-    G, D = dcgan.Generator(3, 16, 8), dcgan.Discriminator(3, 16, 8)
-    G.load_state_dict(run["parts"]["G"].state_dict())
-    D.load_state_dict(run["parts"]["D"].state_dict())
-    adam = {net: torch.optim.Adam(net.parameters(), lr=2e-4, betas=(0.5, 0.999)) for net in (G, D)}
+def test_one_step_is_that_of_the_formulas(monkeypatch):
+    """The same step by hand, with autograd.grad and plain Adam, lands on the same weights."""
+    by_hand = {}
 
-    def descend(net, loss):
-        gradients = torch.autograd.grad(loss, list(net.parameters()))
-        for p, gradient in zip(net.parameters(), gradients, strict=True):
-            p.grad = gradient
-        adam[net].step()
+    def watch(run):
+        if run.logs:
+            return
+        state = torch.get_rng_state()
+        G, D = dcgan.Generator(3, 16, 8), dcgan.Discriminator(3, 16, 8)
+        G.load_state_dict(run.to_save["G"].state_dict())
+        D.load_state_dict(run.to_save["D"].state_dict())
+        adam = {net: torch.optim.Adam(net.parameters(), lr=2e-4, betas=(0.5, 0.999))
+                for net in (G, D)}
 
-    state = torch.get_rng_state()
-    log = run["step"]()
-    torch.set_rng_state(state)
-    real, _ = dcgan.sample_batch(run_data := faces(), 4, torch.device("cpu"))
-    assert len(run_data.images) == 16
-    fake = G(torch.randn(4, dcgan.Z))
-    p_real, p_fake = D(real).sigmoid(), D(fake.detach()).sigmoid()
-    loss_D = -(p_real.log().mean() + (1 - p_fake).log().mean())
-    descend(D, loss_D)
-    descend(G, -D(fake).sigmoid().log().mean())
-    loss_G = -D(G(torch.randn(4, dcgan.Z))).sigmoid().log().mean()
-    descend(G, loss_G)
-    assert log["loss_D"].item() == pytest.approx(loss_D.item(), rel=1e-4)
-    assert log["loss_G"].item() == pytest.approx(loss_G.item(), rel=1e-4)
-    assert log["D(x)"].item() == pytest.approx(p_real.mean().item(), rel=1e-4)
-    for mine, theirs in ((G, run["parts"]["G"]), (D, run["parts"]["D"])):
-        for a, b in zip(mine.parameters(), theirs.parameters(), strict=True):
+        def descend(net, loss):
+            gradients = torch.autograd.grad(loss, list(net.parameters()))
+            for p, gradient in zip(net.parameters(), gradients, strict=True):
+                p.grad = gradient
+            adam[net].step()
+            return loss.item()
+
+        torch.set_rng_state(state)
+        real, _ = dcgan.sample_batch(faces(), 4, torch.device("cpu"))
+        fake = G(torch.randn(4, dcgan.Z))
+        p_real, p_fake = D(real).sigmoid(), D(fake.detach()).sigmoid()
+        loss_D = descend(D, -(p_real.log().mean() + (1 - p_fake).log().mean()))
+        descend(G, -D(fake).sigmoid().log().mean())
+        loss_G = descend(G, -D(G(torch.randn(4, dcgan.Z))).sigmoid().log().mean())
+        by_hand.update({"G": G, "D": D, "log": {"loss_D": loss_D, "loss_G": loss_G,
+                        "D(x)": p_real.mean().item(), "D(G(z))": p_fake.mean().item()}})
+        torch.set_rng_state(state)
+
+    flags = [*FLAGS, "--g-steps", 2, "--seed", 3, "--lr", 2e-4]
+    run = run_train(dcgan, monkeypatch, flags, faces(), watch=watch)
+    log = {name: value.item() for name, value in run.logs[0].items()}
+    assert log == pytest.approx(by_hand["log"], rel=1e-4)
+    for name in ("G", "D"):
+        for a, b in zip(by_hand[name].parameters(), run.to_save[name].parameters(), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-3, atol=2e-5)
 
 
-def test_g_steps(monkeypatch):
-    arguments = ["--size", 16, "--batch", 4, "--width", 8, "--g-steps", 3]
-    run = step_of(dcgan, monkeypatch, arguments, faces())
-    calls = []
-    for name in ("opt_G", "opt_D"):
-        original = run["parts"][name].step
-        monkeypatch.setattr(
-            run["parts"][name], "step", lambda name=name, f=original: (calls.append(name), f())
-        )
-    run["step"]()
-    assert calls == ["opt_D", "opt_G", "opt_G", "opt_G"]
-
-
 def test_settings_are_the_docstrings(monkeypatch):
-    run = step_of(dcgan, monkeypatch, ["--data", "mnist", "--size", 16], faces())
+    run = run_train(dcgan, monkeypatch, ["--data", "mnist", "--size", 16], faces(), n=0)
     for name in ("opt_G", "opt_D"):
-        group = run["parts"][name].param_groups[0]
+        group = run.to_save[name].param_groups[0]
         assert (group["lr"], group["betas"], group["eps"]) == (2e-4, (0.5, 0.999), 1e-8)
-    assert run["args"].batch == 64 and run["args"].width == 64 and run["args"].g_steps == 1
+    assert run.args.batch == 64 and run.args.width == 64 and run.args.g_steps == 1
 
 
 @pytest.mark.parametrize("flag", ["--width", "--g-steps"])
-@pytest.mark.parametrize("value", ["0", "-1", "1.5", "x"])
-def test_own_flags_refuse_nonsense(flag, value, capsys, tmp_path, monkeypatch):
+@pytest.mark.parametrize("value", ["1.5", "x"])
+def test_own_flags_refuse_what_is_no_whole_number(flag, value, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert call(dcgan, flag, value) == 2
     assert capsys.readouterr().err.count("\n") == 1 and not any(tmp_path.iterdir())

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from conftest import HERE, call, cartoons, load, step_of
+from conftest import HERE, call, cartoons, load, run_train
 
 ebgan = load(HERE / "ebgan.py")
 
 
-def test_parameter_counts_and_shapes():
+def test_the_autoencoder_has_the_papers_size():
     D = ebgan.Discriminator(3, 64)
     assert sum(p.numel() for p in D.encoder.parameters()) == 659_648
     assert sum(p.numel() for p in D.decoder.parameters()) == 659_011
@@ -15,7 +15,7 @@ def test_parameter_counts_and_shapes():
     assert energies.shape == (2,) and codes.shape == (2, 256 * 8 * 8)
 
 
-def test_energy_is_the_mean_square_of_each_image(monkeypatch):
+def test_energy_is_the_mean_square_of_each_image():
     D = ebgan.Discriminator(1, 4)
     images = torch.rand(3, 1, 16, 16)
     error = torch.tensor([0.0, 0.1, 0.2]).view(3, 1, 1, 1)
@@ -25,7 +25,12 @@ def test_energy_is_the_mean_square_of_each_image(monkeypatch):
             [0, 0.01 * factor**2, 0.04 * factor**2], abs=1e-7)
 
 
-def test_the_hinge_is_per_image():
+def test_the_papers_margin_of_20_as_a_mean_square(monkeypatch):
+    run = run_train(ebgan, monkeypatch, ["--data", "celeba"], cartoons(ebgan, 8, 16), 0)
+    assert run.args.margin == pytest.approx(20**2 / (64 * 64 * 3), abs=1e-3)
+
+
+def test_the_hinge_is_taken_image_by_image():
     m = 2.0
     fake = torch.tensor([m - 1, m + 5], requires_grad=True)
     loss = ebgan.d_loss(torch.zeros(2), fake, m)
@@ -35,7 +40,7 @@ def test_the_hinge_is_per_image():
         pytest.approx(0.4)
 
 
-def test_pull_away():
+def test_pull_away_is_the_mean_squared_cosine():
     torch.manual_seed(0)
     row = torch.randn(1, 50)
     assert ebgan.pull_away(row.repeat(4, 1)).item() == pytest.approx(1, abs=1e-5)
@@ -75,41 +80,41 @@ def test_the_gradient_runs_through_both_sides_of_the_reconstruction():
         assert gradient[place].item() == pytest.approx(slope.item(), rel=1e-4)
 
 
-def build(monkeypatch, *flags):
-    data = cartoons(ebgan, 16, 16)
-    return step_of(ebgan, monkeypatch, ["--size", 16, "--batch", 4, "--width", 4, *flags], data)
-
-
 def test_the_step_uses_codes_and_energies_of_the_fakes(monkeypatch):
-    run, seen = build(monkeypatch), {}
-    G, D = run["parts"]["G"], run["parts"]["D"]
-    fakes = []
-    G.register_forward_hook(lambda net, inputs, output: fakes.append(output))
-    g_loss = ebgan.g_loss
+    """D sees real images, then fakes, then, improved, the same fakes again for G's step."""
+    inputs, outputs, grads = [], [], []
 
-    def watch(energies, codes, weight):
-        seen.update(energies=energies, codes=codes, weight=weight)
-        return g_loss(energies, codes, weight)
+    def watch(run):
+        if run.logs:
+            return
+        G, D, opt_D = (run.to_save[name] for name in ("G", "D", "opt_D"))
+        G.register_forward_hook(lambda net, _, fakes: inputs.append(fakes))
+        D.register_forward_pre_hook(lambda net, images: inputs.append(images[0]))
+        D.register_forward_hook(lambda net, _, output: outputs.append(output))
+        opt_D.step = lambda f=opt_D.step: (grads.extend(p.grad for p in G.parameters()), f())
 
-    monkeypatch.setattr(ebgan, "g_loss", watch)
-    before = [p.detach().clone() for p in D.parameters()]
-    log = run["step"]()
-    assert len(fakes) == 1 and seen["weight"] == 0.1
-    assert seen["codes"].grad_fn is not None and seen["codes"].shape == (4, 16 * 2 * 2)
+    flags = ["--size", 16, "--batch", 4, "--width", 4]
+    run = run_train(ebgan, monkeypatch, flags, cartoons(ebgan, 16, 16), watch=watch)
+    (real, _), (fake, _), (energies, codes) = outputs
+    (fakes, _, detached, again), log = inputs, run.logs[0]
+    assert grads and all(grad is None for grad in grads)  # D's step left no gradient in G
+    assert again is fakes and torch.equal(detached, fakes) and detached.grad_fn is None
+    assert codes.shape == (4, 16 * 2 * 2)
+    assert log["loss_D"].item() == pytest.approx(ebgan.d_loss(real, fake, 0.033).item(), rel=1e-5)
     assert log["loss_G"].item() == pytest.approx(
-        (seen["energies"].mean() + 0.1 * log["pull_away"]).item(), rel=1e-5)
-    assert any(not torch.equal(a, b) for a, b in zip(before, D.parameters(), strict=True))
-    assert all(p.grad is not None for p in G.parameters())
+        (energies.mean() + 0.1 * log["pull_away"]).item(), rel=1e-5)
+    assert log["pull_away"].item() == pytest.approx(ebgan.pull_away(codes).item(), rel=1e-5)
+    assert all(p.grad is not None for p in run.to_save["G"].parameters())
 
 
-def test_biases_start_at_zero(monkeypatch):
+def test_biases_start_at_zero():
     D = ebgan.Discriminator(3, 4).apply(ebgan.init_weights_and_biases)
     assert not D.encoder[0].bias.any() and not D.decoder[-2].bias.any()
     assert 0.01 < D.encoder[2].weight.std() < 0.03
 
 
-@pytest.mark.parametrize("flags", ["--margin -1", "--margin x", "--pull-away -0.1"])
-def test_own_flags_refuse_nonsense(flags, capsys, tmp_path, monkeypatch):
+@pytest.mark.parametrize("flags", ["--margin x", "--pull-away"])
+def test_own_flags_refuse_what_is_no_number(flags, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert call(ebgan, *flags.split()) == 2
     assert capsys.readouterr().err.count("\n") == 1 and not any(tmp_path.iterdir())

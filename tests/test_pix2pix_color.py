@@ -5,13 +5,14 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import HERE, call, cartoons, load, step_of
+from conftest import HERE, call, cartoons, load, run_train
 from PIL import Image
 from torch import nn
 
 pix = load(HERE / "pix2pix_color.py")
 FORMS = ["gan", "lsgan", "ebgan", "wgan"]
 FLAGS = ["--size", 64, "--batch", 4, "--width", 4, "--device", "cpu"]
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -19,14 +20,14 @@ def faces():
     return cartoons(pix, 100, 64)
 
 
-class Settings:
-    """Of the command line, what colour_photo() needs."""
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
 
-    size, device = 64, torch.device("cpu")
 
-
-def build(monkeypatch, data, *flags):
-    return step_of(pix, monkeypatch, [*FLAGS, *flags], data)
+def once(prepare):
+    """A watch() that acts before the first step alone."""
+    return lambda run: None if run.logs else prepare(run)
 
 
 def discriminator(form, width=4):
@@ -37,11 +38,29 @@ def count(net):
     return sum(p.numel() for p in net.parameters())
 
 
+def largest(net):
+    return max(p.abs().max().item() for p in net.parameters())
+
+
 def colour(*rgb):
     return torch.tensor(rgb, dtype=torch.float).view(1, 3, 1, 1)
 
 
-# Lab.
+def to_lab(rgb):
+    x, y = pix.rgb_to_lab(rgb)
+    return torch.cat([50 * (x + 1), 110 * y], 1)
+
+
+def from_lab(lab):
+    return pix.lab_to_rgb(lab[:, :1] / 50 - 1, lab[:, 1:] / 110)
+
+
+def tensor(image):
+    """(h, w, 3) uint8, or such an image -> (1, 3, h, w) in [0, 1]."""
+    return torch.tensor(np.asarray(image)).permute(2, 0, 1)[None] / 255
+
+
+# --- Lab ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("rgb, lab", [
@@ -52,37 +71,34 @@ def colour(*rgb):
     ((0, 1, 0), (87.7351, -86.1813, 83.1775)),
     ((0, 0, 1), (32.2957, 79.1870, -107.8617)),
 ])
-def test_lab_of_known_colours(rgb, lab):
-    assert pix.rgb_to_lab(colour(*rgb)).flatten().tolist() == pytest.approx(lab, abs=1e-3)
-    assert pix.lab_to_rgb(colour(*lab)).flatten().tolist() == pytest.approx(rgb, abs=1e-3)
+def test_known_colours_have_their_published_lab(rgb, lab):
+    assert to_lab(colour(*rgb)).flatten().tolist() == pytest.approx(lab, abs=1e-3)
+    assert from_lab(colour(*lab)).flatten().tolist() == pytest.approx(rgb, abs=1e-3)
 
 
 @pytest.mark.parametrize("kind, most", [(torch.float32, 1e-4), (torch.float64, 1e-10)])
-def test_lab_and_back_over_the_whole_cube(kind, most):
+def test_every_colour_comes_back_from_lab_and_is_within_reach_of_tanh(kind, most):
     side = torch.linspace(0, 1, 52, dtype=kind)
     rgb = torch.cartesian_prod(side, side, side).T.reshape(1, 3, 52, 52 * 52)
-    lab = pix.rgb_to_lab(rgb)
-    assert (pix.lab_to_rgb(lab) - rgb).abs().max() < most
-    x, y = pix.to_network(rgb)
+    x, y = pix.rgb_to_lab(rgb)
     assert 0.97 < y.abs().max() < 0.99 and x.min() >= -1 - 1e-6 and x.max() <= 1 + 1e-6
-    assert (pix.to_rgb(x, y) - rgb).abs().max() < most
+    assert (pix.lab_to_rgb(x, y) - rgb).abs().max() < most
 
 
-def test_greys_have_no_colour_and_lightness_rises():
-    lab = pix.rgb_to_lab(torch.linspace(0, 1, 1001).expand(1, 3, 1, 1001))[0, :, 0]
+def test_greys_have_no_colour_and_their_lightness_rises():
+    lab = to_lab(torch.linspace(0, 1, 1001).expand(1, 3, 1, 1001))[0, :, 0]
     assert lab[1:].abs().max() < 1e-4 and (lab[0].diff() > 0).all()
 
 
 def test_colours_that_no_screen_can_show_are_clipped():
-    rgb = pix.lab_to_rgb(torch.stack([colour(50, 110, -110), colour(0, 50, 0), colour(100, 9, 9)]
-                                     ).flatten(0, 1))
+    rgb = from_lab(torch.cat([colour(50, 110, -110), colour(0, 50, 0), colour(100, 9, 9)]))
     assert rgb.isfinite().all() and rgb.min() >= 0 and rgb.max() <= 1
 
 
-# The networks.
+# --- the networks ---------------------------------------------------------------------------------
 
 
-def test_parameter_counts():
+def test_the_networks_have_the_published_sizes():
     with torch.device("meta"):
         counts = [count(pix.Generator(size, 64)) for size in (256, 128, 64)]
         assert counts == [54_410_434, 41_825_474, 29_240_514]
@@ -91,8 +107,7 @@ def test_parameter_counts():
 
 
 @pytest.mark.parametrize("size, patches", [(64, 6), (128, 14), (256, 30)])
-def test_shapes(size, patches):
-    torch.manual_seed(0)
+def test_outputs_have_their_shapes_and_range(size, patches):
     x, G = 2 * torch.rand(2, 1, size, size) - 1, pix.Generator(size, 2)
     y = G(x)
     assert y.shape == (2, 2, size, size) and y.abs().max() <= 1
@@ -105,7 +120,6 @@ def test_shapes(size, patches):
 @pytest.mark.parametrize("level", range(5))
 def test_every_skip_counts(level):
     """With the map of one level set to zero on its way across, and only there, y changes."""
-    torch.manual_seed(0)
     G, x = pix.Generator(64, 2).eval(), torch.randn(2, 1, 64, 64)
     before, layer = G(x), G.up[5 - level]
 
@@ -118,8 +132,7 @@ def test_every_skip_counts(level):
     assert torch.equal(G(x), before)
 
 
-def test_dropout_in_three_layers_when_training_only():
-    torch.manual_seed(0)
+def test_the_first_three_layers_up_have_dropout_in_training_only():
     G, x = pix.Generator(64, 4), torch.randn(2, 1, 64, 64)
     assert not torch.equal(G(x), G(x))
     dropped = [module.p for module in G.modules() if isinstance(module, nn.Dropout)]
@@ -128,8 +141,7 @@ def test_dropout_in_three_layers_when_training_only():
     assert torch.equal(G(x), G(x))
 
 
-def test_a_patch_is_70_by_70():
-    torch.manual_seed(0)
+def test_an_output_of_d_sees_a_patch_of_70_by_70():
     D = pix.Discriminator(4).eval()
     x, y = torch.randn(1, 1, 256, 256, requires_grad=True), torch.randn(1, 2, 256, 256)
     D(x, y)[0, 0, 15, 15].backward()
@@ -139,23 +151,24 @@ def test_a_patch_is_70_by_70():
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_d_sees_the_lightness(form):
-    torch.manual_seed(0)
-    D = discriminator(form).apply(pix.init_weights_and_biases).eval()
-    x, y = torch.randn(2, 2, 1, 64, 64), torch.rand(2, 2, 64, 64)
-    assert not torch.equal(D(x[0], y), D(x[1], y))
+def test_d_sees_the_lightness_and_the_colours(form):
+    D = discriminator(form).eval()
+    x, y = torch.randn(2, 2, 1, 64, 64), torch.rand(2, 2, 2, 64, 64)
+    assert not torch.equal(D(x[0], y[0]), D(x[1], y[0]))
+    assert not torch.equal(D(x[0], y[0]), D(x[0], y[1]))
 
 
-def test_the_energy_is_the_mean_square_of_each_image(monkeypatch):
+def test_the_energy_is_the_mean_square_error_of_each_image(monkeypatch):
     D, y = pix.Autoencoder(2), torch.rand(3, 2, 16, 16)
     error = torch.tensor([0, 0.1, 0.2]).view(3, 1, 1, 1)
-    monkeypatch.setattr(D.layers, "forward", lambda inputs: y + error)
+    monkeypatch.setattr(nn.Sequential, "forward", lambda net, inputs: y + error)
     assert D(torch.zeros(3, 1, 16, 16), y).tolist() == pytest.approx([0, 0.01, 0.04], abs=1e-7)
 
 
-def test_the_gradient_runs_through_both_sides_of_the_reconstruction():
-    """Against finite differences; a detached target fails this."""
-    torch.manual_seed(0)
+def test_the_gradient_of_the_energy_takes_both_ways():
+    """Against finite differences: through the reconstruction, and through what it is compared with;
+    a detached target fails this.
+    """
     D, x = pix.Autoencoder(2).double().eval(), torch.rand(1, 1, 16, 16).double()
     y = torch.rand(1, 2, 16, 16).double().requires_grad_()
     (gradient,) = torch.autograd.grad(D(x, y).sum(), y)
@@ -167,7 +180,7 @@ def test_the_gradient_runs_through_both_sides_of_the_reconstruction():
         assert gradient[place].item() == pytest.approx(slope.item(), rel=1e-4)
 
 
-# The losses.
+# --- the losses -----------------------------------------------------------------------------------
 
 
 def test_losses_by_hand():
@@ -183,193 +196,186 @@ def test_losses_by_hand():
         "ebgan": (4 + (0.5 + 3.5) / 2, -0.5),
     }
     for form in FORMS:
-        L_D, A_G = expected[form]
+        L_D, L_A = expected[form]
         assert pix.d_loss(real, fake, form, 1.5).item() == pytest.approx(L_D)
-        assert pix.a_loss(fake, form).item() == pytest.approx(A_G)
+        assert pix.adversarial_loss(fake, form).item() == pytest.approx(L_A)
     zero = torch.zeros(2, 1, 6, 6)
     assert pix.d_loss(zero, zero, "gan", 0).item() == pytest.approx(math.log(2))
 
 
-def test_the_hinge_is_per_image():
+def test_the_hinge_is_taken_image_by_image():
     fake = torch.tensor([1.0, 7.0], requires_grad=True)
     loss = pix.d_loss(torch.zeros(2), fake, "ebgan", 2.0)
     loss.backward()
     assert loss.item() == 0.5 and fake.grad.tolist() == [-0.5, 0]  # a mean first would give 0
 
 
-def test_the_three_parts_of_l_g():
-    fake, error = torch.tensor([0.3, 0.5]), torch.tensor([[1.0, -3.0]])
-    parts = [pix.g_loss(fake, "ebgan", error, *weights).item()
+def test_the_loss_of_g_has_three_parts_each_with_its_weight():
+    loss_A, error = torch.tensor(0.4), torch.tensor([[1.0, -3.0]])
+    parts = [pix.g_loss(loss_A, error, *weights).item()
              for weights in [(1, 0, 0), (0, 1, 0), (0, 0, 1), (2, 3, 4)]]
     assert parts == pytest.approx([0.4, 2, 5, 2 * 0.4 + 3 * 2 + 4 * 5])
 
 
-# The step.
+# --- the steps ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_signs_in_the_step(monkeypatch, faces, form):
-    """D's step lowers L_D; G's, which has no distance here, lowers A_G. Each moves one net."""
-    run = build(monkeypatch, faces, "--adversarial", form, "--l1", 0, "--critic", 1, "--clip", 1,
-                "--lr", 1e-4)
-    G, D = (run["parts"][name] for name in "GD")
-    losses = {"opt_D": [], "opt_G": []}
-    batch = pix.sample_colours(faces.images, 4, torch.device("cpu"))
+def test_each_step_lowers_its_loss_and_moves_its_own_network_only(monkeypatch, faces, form):
+    """L_G has no distance here. On the same batch, without dropout, with the other net held still,
+    four steps lower the loss.
+    """
+    flags = [*FLAGS, "--adversarial", form, "--l1", 0, "--critic-steps", 1, "--clip", 1,
+             "--lr", 1e-4]
+    batch = pix.sample_colours(faces.images, 4, CPU)
     monkeypatch.setattr(pix, "sample_colours", lambda *args: batch)
-    monkeypatch.setattr(pix, "d_loss", lambda *args, f=pix.d_loss: keep("opt_D", f(*args)))
-    monkeypatch.setattr(pix, "g_loss", lambda *args, f=pix.g_loss: keep("opt_G", f(*args)))
-    for module in G.modules():  # the same fakes every time
-        if isinstance(module, nn.Dropout):
-            module.p = 0
+    for moving, own, still, other in [("opt_D", "D", "opt_G", "G"), ("opt_G", "G", "opt_D", "D")]:
 
-    def keep(name, loss):
-        losses[name].append(loss.item())
-        return loss
+        def prepare(run):
+            G, own_net, other_net = (run.to_save[name] for name in ("G", own, other))
+            for module in G.modules():
+                if isinstance(module, nn.Dropout):
+                    module.p = 0
+            run.to_save[still].step = lambda: None
 
-    for name, net, other in [("opt_D", D, G), ("opt_G", G, D)]:
-        f = run["parts"][name].step
+            def watched(f=run.to_save[moving].step):
+                before = [[p.detach().clone() for p in net.parameters()]
+                          for net in (own_net, other_net)]
+                f()
+                assert not all(map(torch.equal, before[0], own_net.parameters()))
+                assert all(map(torch.equal, before[1], other_net.parameters()))
 
-        def watched(f=f, net=net, other=other):
-            before = [[p.detach().clone() for p in part.parameters()] for part in (net, other)]
-            f()
-            same = [all(map(torch.equal, old, part.parameters()))
-                    for old, part in zip(before, (net, other), strict=True)]
-            assert same == [False, True]
+            run.to_save[moving].step = watched
 
-        monkeypatch.setattr(run["parts"][name], "step", watched)
-    for name, other in [("opt_D", "opt_G"), ("opt_G", "opt_D")]:
-        with monkeypatch.context() as still:
-            still.setattr(run["parts"][other], "step", lambda: None)
-            run["step"]()  # the first clip is a jump
-            losses[name].clear()
-            for _ in range(4):
-                run["step"]()
-            assert losses[name][-1] < losses[name][0]
+        run = run_train(pix, monkeypatch, flags, faces, n=5, watch=once(prepare))
+        losses = [log[f"loss_{own}"].item() for log in run.logs]
+        assert losses[-1] < losses[0]
 
 
-def test_without_gan_it_is_regression(monkeypatch, faces):
+def test_without_adversarial_weight_it_is_regression(monkeypatch, faces):
     """G learns the same whatever D is."""
     weights = []
     for form in FORMS[:3]:
-        run = build(monkeypatch, faces, "--adversarial", form, "--gan", 0)
-        G = run["parts"]["G"]
-        torch.manual_seed(0)
-        G.apply(pix.init_weights_and_biases)
-        run["step"]()
-        weights.append([p.detach().clone() for p in G.parameters()])
+
+        def prepare(run):
+            torch.manual_seed(0)
+            run.to_save["G"].apply(pix.init_weights_and_biases)
+
+        flags = [*FLAGS, "--adversarial", form, "--adversarial-weight", 0]
+        run = run_train(pix, monkeypatch, flags, faces, watch=once(prepare))
+        weights.append(list(run.to_save["G"].parameters()))
     for other in weights[1:]:
         assert all(map(torch.equal, weights[0], other))
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_gs_step_gives_d_no_gradient(monkeypatch, faces, form):
-    run = build(monkeypatch, faces, "--adversarial", form)
+def test_the_step_of_g_leaves_no_gradient_in_d(monkeypatch, faces, form):
     seen = []
-    for name in ("opt_D", "opt_G"):
-        monkeypatch.setattr(run["parts"][name], "step", lambda: seen.append(
-            [p.grad.clone() for p in run["parts"]["D"].parameters()]))
-    run["step"]()
+
+    def prepare(run):
+        D = run.to_save["D"]
+        for name in ("opt_D", "opt_G"):
+            run.to_save[name].step = lambda: seen.append([p.grad.clone() for p in D.parameters()])
+
+    run_train(pix, monkeypatch, [*FLAGS, "--adversarial", form], faces, watch=once(prepare))
     assert all(map(torch.equal, *seen[-2:]))
 
 
-def test_wgan_clips_after_every_critic_step(monkeypatch, faces):
-    """At each pass through D but the very first; five critic steps on new images, one of G."""
-    run = build(monkeypatch, faces, "--adversarial", "wgan", "--clip", 0.02)
-    D, largest, calls = run["parts"]["D"], [], []
-    D.register_forward_pre_hook(
-        lambda *_: largest.append(max(p.abs().max().item() for p in D.parameters())))
-    for name in ("opt_G", "opt_D"):
-        optimiser = run["parts"][name]
-        assert type(optimiser) is torch.optim.RMSprop
-        group = optimiser.param_groups[0]
-        assert (group["lr"], group["alpha"], group["momentum"]) == (5e-5, 0.99, 0)
-        monkeypatch.setattr(
-            optimiser, "step", lambda f=optimiser.step, name=name: (calls.append(name), f()))
-    sample = pix.sample_colours
+def test_wgan_clips_d_at_every_pass_and_makes_five_steps_of_d_on_new_images(monkeypatch, faces):
+    found, calls, sample = [], [], pix.sample_colours
+
+    def prepare(run):
+        D = run.to_save["D"]
+        D.register_forward_pre_hook(lambda *_: found.append(largest(D)))
+        for name in ("opt_G", "opt_D"):
+            optimiser = run.to_save[name]
+            assert type(optimiser) is torch.optim.RMSprop
+            group = optimiser.param_groups[0]
+            assert (group["lr"], group["alpha"], group["momentum"]) == (5e-5, 0.99, 0)
+            optimiser.step = lambda f=optimiser.step, name=name: (calls.append(name), f())
+
     monkeypatch.setattr(
         pix, "sample_colours", lambda *args: (calls.append("sample"), sample(*args))[1])
-    run["step"]()
+    flags = [*FLAGS, "--adversarial", "wgan", "--clip", 0.02]
+    run = run_train(pix, monkeypatch, flags, faces, watch=once(prepare))
     assert calls == ["sample", "opt_D"] * 5 + ["opt_G"]
-    assert largest[0] > 0.02 and len(largest) == 2 * 5 + 1
-    assert max(largest[2:]) <= 0.02 + 1e-9
-    assert max(p.abs().max() for p in D.parameters()) <= 0.02 + 1e-9
+    assert len(found) == 2 * 5 + 1 and max(found) <= 0.02 + 1e-9  # before the first step, too
+    assert largest(run.to_save["D"]) <= 0.02 + 1e-9 < largest(run.to_save["G"])
 
 
 @pytest.mark.parametrize("form", ["gan", "lsgan", "ebgan"])
-def test_the_others_use_adam_and_do_not_clip(monkeypatch, faces, form):
-    run = build(monkeypatch, faces, "--adversarial", form)
-    assert run["args"].lr == 2e-4
-    for name in ("opt_G", "opt_D"):
-        group = run["parts"][name].param_groups[0]
-        assert type(run["parts"][name]) is torch.optim.Adam
-        assert (group["lr"], group["betas"]) == (2e-4, (0.5, 0.999))
-    sample, calls = pix.sample_colours, []
+def test_the_others_use_adam_and_one_unclipped_step_of_d(monkeypatch, faces, form):
+    calls, sample = [], pix.sample_colours
     monkeypatch.setattr(pix, "sample_colours", lambda *args: (calls.append(1), sample(*args))[1])
-    run["step"]()
-    assert len(calls) == 1 and max(p.abs().max() for p in run["parts"]["D"].parameters()) > 0.5
+    run = run_train(pix, monkeypatch, [*FLAGS, "--adversarial", form], faces)
+    for name in ("opt_G", "opt_D"):
+        group = run.to_save[name].param_groups[0]
+        assert type(run.to_save[name]) is torch.optim.Adam
+        assert (group["lr"], group["betas"]) == (2e-4, (0.5, 0.999))
+    assert len(calls) == 1 and largest(run.to_save["D"]) > 0.5
 
 
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("form", FORMS)
-def test_learns(monkeypatch, faces, form, sign):
-    """After 60 small steps the held-out faces are nearer to the truth than grey ones are."""
-    run = build(monkeypatch, faces, "--adversarial", form, "--critic", 1, "--width", 8,
-                "--lr", 1e-3)
+def test_held_out_faces_get_nearer_to_the_truth_unless_a_sign_is_wrong(
+        monkeypatch, faces, form, sign):
+    """After 60 small steps, nearer than grey ones are."""
+    found = {}
+
+    def watch(run):
+        if len(run.logs) == 60:
+            with pix.preview(run.args, run.to_save["G"]):
+                found.update(run.measure())
+
+    flags = [*FLAGS, "--adversarial", form, "--critic-steps", 1, "--width", 8, "--lr", 1e-3]
     monkeypatch.setattr(pix, "g_loss", lambda *args, f=pix.g_loss: sign * f(*args))
-    for _ in range(60):
-        run["step"]()
-    with pix.preview(run["args"], run["parts"]["G"]):
-        found = run["measure"]()
+    run_train(pix, monkeypatch, flags, faces, n=60, watch=watch)
     print(form, sign, found)
     assert (found["L1/grey"] < 0.85) == (sign == 1)
 
 
-# What is held out, and shown.
+# --- what is held out, and shown ------------------------------------------------------------------
 
 
-def test_the_first_64_are_never_sampled_and_all_others_are():
+def test_the_first_64_images_are_never_sampled_and_all_others_are():
     i = torch.arange(100)
     images = torch.stack([i, 0 * i, 0 * i + 77], 1).byte().view(100, 3, 1, 1)
-    x, y = pix.sample_colours(images, 3000, torch.device("cpu"))
-    found = (255 * pix.to_rgb(x, y)).round().long()[:, 0].unique()
+    x, y = pix.sample_colours(images, 3000, CPU)
+    found = (255 * pix.lab_to_rgb(x, y)).round().long()[:, 0].unique()
     assert torch.equal(found, i[64:])
 
 
-def test_half_of_a_batch_is_mirrored():
+def test_half_of_a_batch_is_mirrored_lightness_and_colours_together():
     images = torch.zeros(65, 3, 4, 4, dtype=torch.uint8)
     images[..., 0] = torch.tensor([200, 30, 90]).view(3, 1)
-    torch.manual_seed(0)
-    x, y = pix.sample_colours(images, 1000, torch.device("cpu"))
+    x, y = pix.sample_colours(images, 1000, CPU)
     left, right = (x[:, 0, 0, side] > -0.9 for side in (0, 3))
     assert torch.equal(left, ~right) and 420 < left.sum() < 580
-    assert torch.equal(left, y[:, 0, 0, 0] > 0.1)  # lightness and colours together
+    assert torch.equal(left, y[:, 0, 0, 0] > 0.1)
 
 
 def test_measures_of_the_truth_and_of_grey(faces):
     held_out = faces.images[:64]
-    _, y = pix.to_network(held_out / 255)
-    truth = pix.views(held_out, lambda x: y)[2]()
+    _, y = pix.rgb_to_lab(held_out / 255)
+    truth, grey, half = (pix.views(held_out, lambda x, k=k: k * y)[2]() for k in (1, 0, 0.5))
     assert truth == pytest.approx({"L1": 0, "L1/grey": 0, "PSNR": 100, "chroma": 1}, abs=1e-4)
-    grey = pix.views(held_out, lambda x: 0 * y)[2]()
     assert grey["L1/grey"] == pytest.approx(1) and grey["chroma"] == 0
     assert grey["L1"] == pytest.approx(110 * y.abs().mean().item(), rel=1e-5)
-    half = pix.views(held_out, lambda x: y / 2)[2]()
     assert half["chroma"] == pytest.approx(0.5) and half["L1/grey"] == pytest.approx(0.5)
     assert grey["PSNR"] < half["PSNR"] < 60
 
 
 def test_psnr_by_hand():
-    """One grey level too light by 10 % of white: 20 dB."""
     held_out = torch.full((64, 3, 2, 2), 102, dtype=torch.uint8)
     held_out[:, 1:] = torch.tensor([51, 204]).view(2, 1, 1).byte()
-    _, y = pix.to_network((held_out / 255 + 0.1).float())
-    x, _ = pix.to_network(held_out / 255)
-    brighter = pix.to_rgb(x, y) - held_out / 255
-    expected = -10 * math.log10(brighter.square().mean().item())
+    x, _ = pix.rgb_to_lab(held_out / 255)
+    _, y = pix.rgb_to_lab(held_out / 255 + 0.1)  # the colours of one that is too light
+    error = pix.lab_to_rgb(x, y) - held_out / 255
+    expected = -10 * math.log10(error.square().mean().item())
     assert pix.views(held_out, lambda x: y)[2]()["PSNR"] == pytest.approx(expected, abs=1e-3)
 
 
-def test_the_grid_shows_grey_coloured_true(faces):
+def test_the_grid_shows_grey_coloured_and_true_images_side_by_side(faces):
     held_out = faces.images[:64]
     draw, grid, _ = pix.views(held_out, lambda x: torch.full((len(x), 2, 64, 64), 0.1))
     picture = grid()
@@ -380,14 +386,14 @@ def test_the_grid_shows_grey_coloured_true(faces):
     shown = ((true + 1) * 127.5).round().byte()
     order = [next(i for i, image in enumerate(held_out) if torch.equal(image, one))
              for one in shown]
-    assert order == sorted(set(order)) and order[0] == 0 and order[-1] == len(held_out) - 1
+    assert order == sorted(set(order)) and order[0] == 0 and order[-1] == 63
     for lightness in (grey, coloured):
-        x, _ = pix.to_network((lightness + 1) / 2)
-        assert (x - pix.to_network((true + 1) / 2)[0]).abs().median() < 1e-3
-    assert draw(3).shape == (3, 3, 64, 64) and draw(64).shape == (len(held_out), 3, 64, 64)
+        x, _ = pix.rgb_to_lab((lightness + 1) / 2)
+        assert (x - pix.rgb_to_lab((true + 1) / 2)[0]).abs().median() < 1e-3
+    assert draw(3).shape == (3, 3, 64, 64) and draw(64).shape == (64, 3, 64, 64)
 
 
-# Runs and photos, by the command line.
+# --- runs and photos, by the command line ---------------------------------------------------------
 
 
 def photos(folder, n=70):
@@ -410,6 +416,14 @@ def trained(tmp_path_factory):
 
 
 @pytest.fixture
+def colorized(trained):
+    """What --colorize writes, without that of earlier tests -> a function: {name: image}."""
+    for old in trained.glob("colorized/*"):
+        old.unlink()
+    return lambda: {path.name: Image.open(path) for path in trained.glob("colorized/*")}
+
+
+@pytest.fixture
 def album(tmp_path, monkeypatch):
     """Photos of every kind, as the current directory."""
     monkeypatch.chdir(tmp_path)
@@ -422,132 +436,142 @@ def album(tmp_path, monkeypatch):
     image.save("phone.jpg", exif=sideways)
     image.putalpha(image.getchannel(0))
     image.save("clear.png")
-    image.convert("LA").save("la.png")
     image.convert("P").save("palette.gif", transparency=3)
     deep = np.linspace(0, 65535, 50 * 40).astype(np.uint16).reshape(50, 40)
     Image.fromarray(deep).save("deep.png")
     image.convert("RGB").resize((1, 1)).save("dot.bmp")
-    image.convert("RGB").resize((700, 3)).save("strip.webp")
+    image.convert("RGB").resize((300, 3)).save("strip.webp")
     (tmp_path / "broken.jpg").write_bytes((tmp_path / "rgb.jpg").read_bytes()[:2000])
     (tmp_path / "words.png").write_text("no photo")
     return tmp_path
 
 
-GOOD = ["rgb.jpg", "grey.png", "phone.jpg", "clear.png", "la.png", "palette.gif", "deep.png",
-        "dot.bmp", "strip.webp"]
+GOOD = ["rgb.jpg", "grey.png", "phone.jpg", "clear.png", "palette.gif", "deep.png", "dot.bmp",
+        "strip.webp"]
 
 
-def test_colorize_keeps_size_and_lightness(trained, album, capsys):
+def test_colorize_keeps_size_and_lightness(trained, album, colorized, capsys):
     assert call(pix, "--out", trained, "--colorize", *GOOD) == 0
     assert capsys.readouterr().out.count("\n") == len(GOOD)
-    for name in GOOD:
-        photo = pix.open_image(name)
-        made = Image.open(trained / "colorized" / (name.split(".")[0] + ".png"))
-        assert made.mode == "RGB" and made.size == photo.size
-        before, after = (torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255
-                         for image in (photo, made))
-        error = (pix.rgb_to_lab(before) - pix.rgb_to_lab(after))[:, 0].abs()
+    made = colorized()
+    assert len(made) == len(GOOD)
+    for i, name in enumerate(GOOD):
+        photo, after = pix.open_image(name), made[f"{i:03}-{name.split('.')[0]}.png"]
+        assert after.mode == "RGB" and after.size == photo.size
+        before, after = tensor(photo), tensor(after)
+        error = (to_lab(before) - to_lab(after))[:, 0].abs()
         shown = (after.amin(1) > 0.005) & (after.amax(1) < 0.995)  # not clipped
         assert (error[shown] < 1).all(), name
-    assert Image.open(trained / "colorized" / "phone.png").size == (203, 151)
+    assert made["002-phone.png"].size == (203, 151)
 
 
-def test_colorize_twice_gives_the_same_colours_of_the_trained_g(trained, album):
+def test_colorize_uses_the_trained_g_and_the_checkpoints_size_and_width(
+        trained, album, colorized):
     made = []
-    for _ in range(2):
-        assert call(pix, "--out", trained, "--colorize", "rgb.jpg") == 0
-        made.append((trained / "colorized" / "rgb.png").read_bytes())
-    assert made[0] == made[1]
-
+    for flags in ([], ["--size", 128, "--width", 64, "--seed", 3]):
+        assert call(pix, "--out", trained, *flags, "--colorize", "rgb.jpg") == 0
+        made.append(np.asarray(colorized()["000-rgb.png"]))
     G = pix.Generator(64, 4).eval()
-    G.load_state_dict(torch.load(trained / "checkpoint.pt")["parts"]["G"])
+    G.load_state_dict(torch.load(trained / "checkpoint.pt")["state"]["G"])
     with torch.no_grad():
-        expected = pix.colour_photo(np.array(Image.open("rgb.jpg")), G, Settings)
-    found = np.array(Image.open(trained / "colorized" / "rgb.png"))
-    assert np.array_equal(found, expected)
+        expected = np.asarray(pix.colour_photo(pix.open_image("rgb.jpg"), G, 64, CPU))
+    assert np.array_equal(made[0], expected) and np.array_equal(made[1], expected)
 
 
-def test_colorize_goes_on_after_a_bad_photo(trained, album, capsys):
-    for old in trained.glob("colorized/*"):
-        old.unlink()
-    names = ["broken.jpg", "rgb.jpg", "missing.jpg", "words.png", ".", "grey.png"]
+def test_colorize_tells_which_photos_it_cannot_read_and_colours_the_others(
+        trained, album, colorized, capsys):
+    names = ["broken.jpg", "rgb.jpg", "missing.jpg", "words.png", "grey.png"]
     assert call(pix, "--out", trained, "--colorize", *names) == 2
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "4 of 6" in error
-    assert all(name in error for name in ("broken.jpg", "missing.jpg", "words.png"))
-    assert {path.name for path in trained.glob("colorized/*")} == {"rgb.png", "grey.png"}
+    assert error.count("\n") == 1 and "3 of 5" in error
+    assert all(text in error for text in ("broken.jpg (", "missing.jpg (", "words.png (cannot id"))
+    assert set(colorized()) == {"001-rgb.png", "004-grey.png"}
 
 
-def test_colorize_gives_every_photo_a_name_of_its_own(trained, album):
-    for folder in "ab":
-        (album / folder).mkdir()
-    for old in trained.glob("colorized/*"):
-        old.unlink()
-    places = ["a/me.png", "b/me.bmp", "b/ME.png", "me-2.png", "b/me.png"]
-    for i, place in enumerate(places):
-        Image.new("L", (10 + i, 10)).save(place)
-    assert call(pix, "--out", trained, "--colorize", *places) == 0
-    made = {path.name: Image.open(path).size[0] for path in trained.glob("colorized/*")}
-    assert made == {"me.png": 10, "me-2.png": 11, "ME-3.png": 12, "me-2-2.png": 13, "me-4.png": 14}
+def test_colorize_expands_folders_and_patterns(trained, album, colorized, capsys):
+    """A pattern as it stands, where no shell has expanded it."""
+    for name in ("old/b/me.png", "old/me.png", "old/me.bmp", "old/.hidden.png", "x[1].png"):
+        (album / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (10, 10), "red").save(album / name)
+    assert call(pix, "--out", trained, "--colorize", "old", "old/*.bmp", "x[1].png") == 0
+    assert sorted(colorized()) == ["000-me.png", "001-me.png", "002-me.png", "003-me.png",
+                                   "004-x[1].png"]
+    (album / "empty").mkdir()
+    assert call(pix, "--out", trained, "--colorize", "none*.jpg", "empty") == 2
+    error = capsys.readouterr().err
+    assert "2 of 2" in error and "none*.jpg" in error and "empty" in error
 
 
-def test_more_photos_than_are_held_out(trained, album):
-    assert call(pix, "--out", trained, "--colorize", *["dot.bmp"] * 66) == 0
-    assert (trained / "colorized" / "dot-66.png").is_file()
-
-
-def test_a_photo_is_coloured_by_g(album, monkeypatch):
-    """G gets the whole photo, at its own size, and its colours get into the picture."""
-    seen = []
-
-    def paint(x):
+def paint(seen):
+    """A G whose colour a is the lightness, so that one can see where the colours land."""
+    def G(x):
         seen.append(x)
-        return torch.stack([x[:, 0] * 0 + 0.2, x[:, 0] * 0 - 0.1], 1)
+        return torch.cat([0.3 * x, 0 * x - 0.1], 1)
+    return G
 
-    photo = np.full((600, 31, 3), 120, dtype=np.uint8)  # more than one strip
-    photo[:300] = 30
-    made = pix.colour_photo(photo, paint, Settings)
-    assert made.shape == (600, 31, 3) and made.dtype == np.uint8
-    lab = pix.rgb_to_lab(torch.from_numpy(made).permute(2, 0, 1)[None] / 255)
-    assert (lab[:, 1] - 22).abs().max() < 1 and (lab[:, 2] + 11).abs().max() < 1
-    assert seen[0].shape == (1, 1, 64, 64) and (seen[0][0, 0].diff(dim=1).abs() < 1e-5).all()
-    assert seen[0][0, 0, 0, 0] < -0.7 and seen[0][0, 0, -1, 0] > -0.1
-    stripes = np.zeros((576, 576, 3), dtype=np.uint8)
+
+@pytest.mark.parametrize("w, h", [(200, 100), (100, 200), (96, 96), (40, 17), (170, 600)])
+def test_a_photo_keeps_its_shape_and_its_colours_stay_in_place(w, h):
+    """G sees a round spot round, on sides that are multiples of its size, and paints it there."""
+    row, column = np.mgrid[:h, :w]
+    r = min(w, h) / 4
+    spot = (row - h / 2) ** 2 + (column - w / 2) ** 2 < r**2
+    photo = np.where(spot[..., None], 160, 90).astype(np.uint8).repeat(3, 2)
+    seen = []
+    made = pix.colour_photo(Image.fromarray(photo), paint(seen), 64, CPU)
+    assert made.size == (w, h)
+    x = seen[0][0, 0]
+    assert seen[0].shape[:2] == (1, 1) and x.shape[0] % 64 == x.shape[1] % 64 == 0
+    assert min(x.shape) == 64
+    scale = 64 / min(w, h)
+    inside = (x > 0)[:round(h * scale), :round(w * scale)]
+    rows, columns = (inside.any(side).sum().item() for side in (1, 0))
+    assert abs(rows - 32) <= 3 and abs(columns - 32) <= 3  # neither wide nor tall
+    lab = to_lab(tensor(made))[0]
+    expected = 110 * 0.3 * (to_lab(tensor(photo))[0, 0] / 50 - 1)
+    error = (lab[1] - expected).abs()
+    assert error.median() < 0.5 and (error > 4).float().mean() < 0.04  # only at the spot's edge
+    assert (lab[2] + 11).abs().max() < 1.5
+
+
+def test_g_sees_a_photo_scaled_with_antialiasing():
+    stripes, seen = np.zeros((576, 576, 3), dtype=np.uint8), []
     stripes[:, ::2] = 255
-    pix.colour_photo(stripes, paint, Settings)
-    assert seen[1][..., 5:-5].abs().max() < 0.1  # in between, not one of the two
+    pix.colour_photo(Image.fromarray(stripes), paint(seen), 64, CPU)
+    grey, _ = pix.rgb_to_lab(torch.full((1, 3, 1, 1), 0.5))
+    assert (seen[0][..., 5:-5] - grey).abs().max() < 0.1  # in between, not one of the two
 
 
 def test_generate_colours_held_out_images_only(trained, capsys):
-    n = len(torch.load(trained / "checkpoint.pt")["data"][0])
-    assert n == 64
-    assert call(pix, "--out", trained, "--generate", n) == 0
-    assert len(list((trained / "generated").iterdir())) == n
+    assert len(torch.load(trained / "checkpoint.pt")["data"][0]) == 64
+    assert call(pix, "--out", trained, "--generate", 64) == 0
+    assert len(list((trained / "generated").iterdir())) == 64
     capsys.readouterr()
-    assert call(pix, "--out", trained, "--generate", n + 1) == 2
+    assert call(pix, "--out", trained, "--generate", 65) == 2
     error = capsys.readouterr().err
-    assert "--colorize" in error and error.count("\n") == 1
-    assert len(list((trained / "generated").iterdir())) == n
+    assert "64 images, not the 65" in error and error.count("\n") == 1
+    assert len(list((trained / "generated").iterdir())) == 64
 
 
-def test_the_checkpoint_knows_the_learning_rate(trained, capsys):
-    assert torch.load(trained / "checkpoint.pt")["settings"]["lr"] == 2e-4
-    before = (trained / "checkpoint.pt").read_bytes()
-    flags = ["--out", trained, "--resume", "--steps", 9]
-    for other in (["--lr", 1e-3], ["--adversarial", "wgan"], ["--l1", 10]):
-        assert call(pix, *flags, *other) == 2
-        assert f"this run has {other[0]}" in capsys.readouterr().err
-    assert (trained / "checkpoint.pt").read_bytes() == before
+def test_resume_goes_on_with_the_same_loss_and_learning_rate(tmp_path, monkeypatch):
+    flags = [*FLAGS, "--root", tmp_path, "--out", tmp_path / "run", "--adversarial", "wgan"]
+    assert call(pix, "--data", photos(tmp_path / "mine"), "--steps", 1, *flags) == 0
+    assert call(pix, "--out", tmp_path / "run", "--resume", "--steps", 2) == 0
+    saved = torch.load(tmp_path / "run" / "checkpoint.pt")
+    assert saved["settings"]["adversarial"] == "wgan" and saved["step"] == 2
+    assert saved["state"]["opt_D"]["param_groups"][0]["lr"] == 5e-5
+    assert max(p.abs().max() for name, p in saved["state"]["D"].items()
+               if name.endswith(("weight", "bias"))) <= 0.01 + 1e-9
 
 
 def test_the_log_has_the_measures(trained):
     columns = (trained / "losses.csv").read_text().splitlines()[0].split(",")
     assert columns == ["step", "loss_D", "loss_G", "D(y)", "D(G(x))", "spread",
-                       "L1", "L1/grey", "PSNR", "chroma", "images/s"]
+                       "L1", "L1/grey", "PSNR", "chroma"]
 
 
 @pytest.mark.parametrize("kind", ["L", "RGB"])
-def test_grey_data_has_no_colour(tmp_path, monkeypatch, capsys, kind):
+def test_grey_data_has_no_colour_to_learn(tmp_path, monkeypatch, capsys, kind):
     monkeypatch.chdir(tmp_path)
     for i in range(70):
         image = Image.linear_gradient("L").rotate(i)
@@ -559,30 +583,25 @@ def test_grey_data_has_no_colour(tmp_path, monkeypatch, capsys, kind):
     assert not (tmp_path / "runs").exists()
 
 
-def test_too_few_images(tmp_path, monkeypatch, capsys):
+def test_64_images_are_too_few(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     photos(tmp_path / "few", 64)
     assert call(pix, "--data", "few", *FLAGS) == 2
     error = capsys.readouterr().err
-    assert "few has 64 images" in error and error.count("\n") == 1
+    assert "64 images, not the 65" in error and error.count("\n") == 1
     assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize("flags, expected", [
     ("--size 32", "64, 128, 256"),
-    ("--size 512", "64, 128, 256"),
-    ("--gan -1", "--gan"),
-    ("--l1 -1", "--l1"),
     ("--l2 x", "--l2"),
-    ("--margin -1", "--margin"),
-    ("--clip -1", "--clip"),
-    ("--critic 0", "--critic"),
-    ("--width 0", "--width"),
+    ("--critic-steps 2.5", "--critic-steps"),
     ("--adversarial foo", "foo"),
-    ("--colorize a.jpg", "checkpoint.pt cannot be read"),
+    ("--colorize a.jpg", "checkpoint.pt"),
     ("--colorize", "--colorize"),
 ])
-def test_own_flags_refuse_nonsense(flags, expected, capsys, tmp_path, monkeypatch):
+def test_flags_that_make_no_sense_are_told_in_one_line(
+        flags, expected, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert call(pix, *flags.split()) == 2
     error = capsys.readouterr().err

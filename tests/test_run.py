@@ -1,18 +1,16 @@
-"""What a run leaves, and that nothing is lost: kill -9, Ctrl-C, a full disk, a NaN, --resume."""
+"""What a run leaves, and that nothing is lost: kill -9, Ctrl-C, a NaN, --resume."""
 
 import functools
-import math
-import shlex
 import signal
 import subprocess
 import sys
-import time
-from types import SimpleNamespace
+from argparse import Namespace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import DATA, HERE, call, die, forked, load
+from conftest import DATA, HERE, call, die, forked, load, run_train, tree
 from PIL import Image, ImageSequence
 
 
@@ -30,172 +28,134 @@ def assert_same(a, b, where="checkpoint"):
         assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b, where
 
 
-def test_six_steps_equal_three_and_a_kill_and_three(module, alone, tiny, monkeypatch):
-    """Weights, optimisers, random numbers and logged losses, bit for bit on the CPU."""
+def assert_same_runs(a, b):
+    """Weights, optimisers, rows and settings; and every other file, byte for byte."""
+    saved = [torch.load(f"{out}/checkpoint.pt") for out in (a, b)]
+    for checkpoint in saved:
+        for name in ("out", "resume"):
+            del checkpoint["settings"][name]
+    assert_same(*saved)
+    files = [{Path(path).relative_to(out): content for path, content in tree(out).items()
+              if not path.endswith(("checkpoint.pt", "checkpoint.tmp"))} for out in (a, b)]
+    assert_same(*files, "files")
+
+
+def test_six_steps_equal_three_kill_9_and_three(module, alone, tiny, monkeypatch):
     assert call(module, "--steps", 6, *tiny, "--out", "whole") == 0
     record = module.record
+
+    def record_or_die(args, data, to_save, rows, *others):
+        (die if rows[-1]["step"] == 4 else record)(args, data, to_save, rows, *others)
+
     with monkeypatch.context() as patch:
-        patch.setattr(module, "record", lambda args, data, parts, rows, *others: (
-            die if rows[-1]["step"] == 4 else record)(args, data, parts, rows, *others))
+        patch.setattr(module, "record", record_or_die)
         assert forked(module, "--steps", 6, *tiny, "--out", "cut") == -signal.SIGKILL
     assert torch.load("cut/checkpoint.pt")["step"] == 3
     assert call(module, "--resume", "--out", "cut") == 0
-    assert_equal_runs(alone / "whole", alone / "cut")
+    assert_same_runs("whole", "cut")
 
 
-def assert_equal_runs(a, b):
-    first, second = torch.load(a / "checkpoint.pt"), torch.load(b / "checkpoint.pt")
-    for rows in (first["rows"], second["rows"]):
-        for row in rows:
-            del row["images/s"]
-    assert_same(first, second)
-    for picture in ("samples/000006.png", "samples/000003.png", "real.png"):
-        assert (a / picture).read_bytes() == (b / picture).read_bytes()
+def test_pictures_and_rows_leave_no_trace_in_the_weights(module, alone, tiny, monkeypatch):
+    """Three steps with a picture each, and three without any: the same, to the bit."""
+    assert call(module, "--steps", 3, *tiny, "--out", "run") == 0
+    data = module.load_images("cartoon", min(module.SIZES), DATA)
+
+    def seed(run):  # as steps() does
+        torch.manual_seed(hash((0, len(run.logs) + 1, 0)))
+
+    run = run_train(module, monkeypatch, tiny, data, n=3, watch=seed)
+    bare = {name: part.state_dict() for name, part in run.to_save.items()}
+    assert_same(torch.load("run/checkpoint.pt")["state"], bare)
 
 
-def test_nan_ends_the_run_and_spares_the_checkpoint(module, script, alone, tiny, capsys):
-    assert call(module, "--steps", 1, *tiny) == 0
-    path = alone / "runs" / f"{script}-cartoon" / "checkpoint.pt"
-    saved = torch.load(path)
-    saved["settings"]["lr"] = float("nan")
-    for name, part in saved["parts"].items():
-        if name.startswith("opt"):
-            part["param_groups"][0]["lr"] = float("nan")
-    torch.save(saved, path)
-    before = path.read_bytes()
+def test_nan_ends_the_run_and_the_last_checkpoint_stays(module, alone, tiny, capsys):
+    assert call(module, "--steps", 1, *tiny, "--out", "run") == 0
+    saved = torch.load("run/checkpoint.pt")
+    for part in saved["state"].values():
+        for group in part.get("param_groups", []):
+            group["lr"] = float("nan")
+    torch.save(saved, "run/checkpoint.pt")
+    before = tree("run")
     capsys.readouterr()
-    assert call(module, "--resume", "--steps", 20, "--out", path.parent) == 2
-    assert capsys.readouterr().err.count("\n") == 1
-    assert path.read_bytes() == before
+    assert call(module, "--resume", "--steps", 20, "--out", "run") == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "not finite" in error
+    assert tree("run") == before
 
 
-# The rest is the chassis, the same text in every script: one script stands for all.
+# The rest is the part that all scripts share: dcgan.py stands for all.
 
 dcgan = load(HERE / "dcgan.py")
 SMALL = ["--size", 16, "--batch", 4, "--width", 4, "--device", "cpu", "--root", DATA]
 
 
-def test_log_pictures_and_animation(tmp_path, monkeypatch):
+def test_a_checkpoint_is_never_half_written(tmp_path, monkeypatch):
+    """Killed in the middle of saving, the run goes on from the checkpoint before."""
     monkeypatch.chdir(tmp_path)
-    assert call(dcgan, "--steps", 230, *SMALL, "--out", "run") == 0
-    rows = [line.split(",") for line in (tmp_path / "run/losses.csv").read_text().splitlines()]
-    assert rows[0] == ["step", "loss_D", "loss_G", "D(x)", "D(G(z))", "spread", "images/s"]
-    assert [int(row[0]) for row in rows[1:]] == [*range(3, 230, 3), 230]
-    steps = sorted(int(path.stem) for path in (tmp_path / "run/samples").iterdir())
-    assert steps == [*range(3, 230, 3), 230]
-    grids = [Image.open(path) for path in sorted((tmp_path / "run/samples").iterdir())]
-    assert {grid.size for grid in grids} == {(8 * 18 + 2, 8 * 18 + 2)}  # two pixels between
-    animation = Image.open(tmp_path / "run/training.gif")
-    assert sum(1 for _ in ImageSequence.Iterator(animation)) == len(steps[::-2])
-    assert Image.open(tmp_path / "run/curves.png").size == (640, 120 * len(rows[0]))
-    losses = np.loadtxt(tmp_path / "run/losses.csv", delimiter=",", skiprows=1)
-    assert losses.shape == (len(steps), 7) and np.isfinite(losses).all()
+    assert call(dcgan, "--steps", 6, *SMALL, "--out", "whole") == 0
+    save = torch.save
+
+    def save_half(content, file):
+        save(content, file)
+        if content["step"] == 3:
+            with open(file, "r+b") as half:
+                half.truncate(1000)
+            die()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", save_half)
+        assert forked(dcgan, "--steps", 6, *SMALL, "--out", "cut") == -signal.SIGKILL
+    assert torch.load("cut/checkpoint.pt")["step"] == 2
+    assert call(dcgan, "--resume", "--out", "cut") == 0
+    assert_same_runs("whole", "cut")
 
 
-def test_previews_show_the_same_z_in_eval_mode():
-    net = torch.nn.BatchNorm1d(2)
-    args, draws = type("Args", (), {"seed": 5}), []
-    for _ in range(2):
-        with dcgan.preview(args, net):
-            draws.append(torch.randn(3))
-            assert not net.training and not torch.is_grad_enabled()
-            net(torch.randn(4, 2))
-    assert torch.equal(*draws) and net.training and net.num_batches_tracked == 0
-
-
-def test_pictures_leave_no_trace_in_the_weights(tmp_path, monkeypatch):
-    """Rows and pictures at every step or just once: the same weights, to the bit."""
+def test_ctrl_c_ends_at_once_without_a_traceback_and_resume_goes_on(tmp_path, monkeypatch):
+    """In a process of its own, as from a shell."""
     monkeypatch.chdir(tmp_path)
-    assert call(dcgan, "--steps", 6, *SMALL, "--out", "often") == 0
-    monkeypatch.setattr(dcgan, "math", SimpleNamespace(ceil=lambda x: 100, inf=math.inf))
-    assert call(dcgan, "--steps", 6, *SMALL, "--out", "once") == 0
-    a, b = (torch.load(f"{out}/checkpoint.pt") for out in ("often", "once"))
-    assert (len(a["rows"]), len(b["rows"])) == (6, 1)
-    assert_same(a["parts"], b["parts"])
-    means = sum(row["loss_G"] for row in a["rows"]) / 6
-    assert b["rows"][0]["loss_G"] == pytest.approx(means, rel=1e-5)
+    command = [sys.executable, HERE / "dcgan.py", "--steps", 4000, *SMALL]
+    heard = functools.partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+    run = subprocess.Popen(list(map(str, command)), text=True, preexec_fn=heard,
+                           stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    while not run.stdout.readline().startswith("step 80/4000"):  # then step 40 is saved
+        assert run.poll() is None
+    run.send_signal(signal.SIGINT)
+    text, error = run.communicate(timeout=20)
+    assert run.returncode == 128 + signal.SIGINT and error == "" and "4000/4000" not in text
+    step = torch.load("runs/dcgan-cartoon/checkpoint.pt")["step"]
+    assert call(dcgan, "--resume", "--steps", step + 1) == 0
+    assert torch.load("runs/dcgan-cartoon/checkpoint.pt")["step"] == step + 1
 
 
-def recorded(tmp_path, rows, picture=None):
-    """One call of record(), for a run of nothing."""
-    (tmp_path / "samples").mkdir(exist_ok=True)
-    args = dcgan.argparse.Namespace(out=str(tmp_path), batch=4, saved={})
-    data = dcgan.Data(torch.zeros(2, 3, 4, 4).byte(), torch.zeros(2, 0), [])
-    picture = torch.zeros(1, 2, 3, 16, 16) if picture is None else picture
-    dcgan.record(args, data, {}, rows, picture, 900)
-
-
-def test_pictures_keep_their_brightness(tmp_path):
-    """The range is fixed: a dim picture stays dim whatever its neighbours are."""
-    row = {"step": 100, "spread": 1.0, "images/s": 100.0}
-    recorded(tmp_path, [row], torch.full((1, 2, 3, 16, 16), -0.5))
-    picture = Image.open(tmp_path / "samples" / "000100.png")
-    assert picture.getpixel((5, 5)) == (64, 64, 64) and picture.size == (38, 20)
-
-
-def test_collapse_is_told_once(capsys, tmp_path):
-    rows = []
-    for step, spread in [(400, 0.05), (600, 0.5), (700, 0.05), (800, 0.04)]:
-        rows.append({"step": step, "loss_D": 1.0, "spread": spread, "images/s": 100.0})
-        recorded(tmp_path, rows)
-    text = capsys.readouterr().out
-    assert text.count("COLLAPSE") == 1 and text.index("700/900") < text.index("COLLAPSE")
-    assert text.index("COLLAPSE") < text.index("800/900") and "0:00:08 left" in text
-
-
-def test_sample_batch_is_uniform_and_with_replacement():
-    images = torch.arange(10, dtype=torch.uint8).view(10, 1, 1, 1)
-    data = dcgan.Data(images, images.view(10, 1) % 2, ["odd"])
-    torch.manual_seed(0)
-    x, y = dcgan.sample_batch(data, 20_000, torch.device("cpu"))
-    index = ((x + 1) * 127.5).round().long().flatten()
-    assert torch.equal(index % 2, y.long().flatten())  # the label goes with its image
-    counts = index.bincount(minlength=10)
-    assert counts.min() > 1800 and counts.max() < 2200
-
-
-def test_two_seeds_differ_and_one_seed_repeats(tmp_path, monkeypatch):
+def test_a_run_is_never_overwritten(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    for out, seed in [("a", 1), ("b", 1), ("c", 2)]:
-        assert call(dcgan, "--steps", 2, *SMALL, "--seed", seed, "--out", out) == 0
-    a, b, c = (torch.load(f"{out}/checkpoint.pt")["parts"] for out in "abc")
-    assert_same(a, b)
-    with pytest.raises(AssertionError):
-        assert_same(a["G"], c["G"])
-
-
-def test_epochs_count_the_data(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert call(dcgan, "--epochs", 0.01, *SMALL, "--out", "run") == 0
-    assert torch.load("run/checkpoint.pt")["step"] == round(0.01 * 2560 / 4)
-
-
-def test_handlers_are_put_back(tmp_path, monkeypatch):
-    """A notebook's Ctrl-C must work after a run."""
-    monkeypatch.chdir(tmp_path)
-    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     assert call(dcgan, "--steps", 1, *SMALL, "--out", "run") == 0
-    assert before == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    before = tree("run")
+    capsys.readouterr()
+    assert call(dcgan, "--steps", 2, *SMALL, "--out", "run") == 2
+    assert "run holds a run already" in capsys.readouterr().err
+    assert call(dcgan, "--resume", "--out", "run") == 2  # it has made its one step
+    assert "1 steps" in capsys.readouterr().err
+    assert tree("run") == before
 
 
-def test_a_folder_is_one_runs_alone(tmp_path, monkeypatch, capsys):
-    """Two runs that both found it free: the second to start is refused, before it writes."""
+def test_two_runs_never_mix(tmp_path, monkeypatch, capsys):
+    """Two that found the folder free at the same time: the second to start is refused."""
     monkeypatch.chdir(tmp_path)
-    flags = ["--steps", 1, *SMALL, "--out", "run"]
-    load_images = dcgan.load_images
+    flags, get_data = ["--steps", 1, *SMALL, "--out", "run"], dcgan.get_data
 
-    def meanwhile(*args):
-        monkeypatch.setattr(dcgan, "load_images", load_images)
+    def meanwhile(args):
+        monkeypatch.setattr(dcgan, "get_data", get_data)
         assert call(dcgan, *flags) == 0
-        return load_images(*args)
+        return get_data(args)
 
-    monkeypatch.setattr(dcgan, "load_images", meanwhile)
+    monkeypatch.setattr(dcgan, "get_data", meanwhile)
     assert call(dcgan, *flags, "--seed", 7) == 2
     assert torch.load("run/checkpoint.pt")["settings"]["seed"] == 0
     assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_resume_with_data_that_moved_but_not_with_other_data(tmp_path, monkeypatch, capsys):
+def test_resume_takes_data_that_moved_but_not_other_class_names(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for i in range(12):
         folder = tmp_path / "mine" / "ab"[i % 2]
@@ -205,81 +165,125 @@ def test_resume_with_data_that_moved_but_not_with_other_data(tmp_path, monkeypat
     (tmp_path / "mine").rename(tmp_path / "moved")
     assert call(dcgan, "--out", "run", "--resume", "--steps", 2, "--data", "moved") == 0
     (tmp_path / "moved" / "b").rename(tmp_path / "moved" / "c")
+    before = tree("run")
     assert call(dcgan, "--out", "run", "--resume", "--steps", 3, "--data", "moved") == 2
-    assert "not the labels" in capsys.readouterr().err
+    assert "moved has other labels than this run" in capsys.readouterr().err
+    assert tree("run") == before
 
 
-def test_killed_while_saving(tmp_path, monkeypatch):
-    """The checkpoint before stays, whole; going on from it gives the same run."""
+def test_what_a_run_leaves(tmp_path, monkeypatch):
+    """A row and a picture after every 1 % of the run; every fourth picture is in the animation."""
     monkeypatch.chdir(tmp_path)
-    flags = ["--steps", 6, *SMALL]
-    assert call(dcgan, *flags, "--out", "whole") == 0
-    saves = iter([dcgan.os.replace, die])  # the second never happens
-    with monkeypatch.context() as patch:
-        patch.setattr(dcgan.os, "replace", lambda *paths: next(saves)(*paths))
-        assert forked(dcgan, *flags, "--out", "cut") == -signal.SIGKILL
-    assert torch.load("cut/checkpoint.pt")["step"] == 1
-    assert call(dcgan, "--resume", "--out", "cut") == 0
-    assert_equal_runs(tmp_path / "whole", tmp_path / "cut")
+    assert call(dcgan, "--steps", 105, *SMALL, "--out", "run") == 0
+    run = tmp_path / "run"
+    rows = [line.split(",") for line in (run / "losses.csv").read_text().splitlines()]
+    assert rows[0] == ["step", "loss_D", "loss_G", "D(x)", "D(G(z))", "spread"]
+    assert [int(row[0]) for row in rows[1:]] == [*range(2, 105, 2), 105]
+    pictures = sorted((run / "samples").iterdir())
+    assert [int(path.stem) for path in pictures] == [*range(2, 105, 2), 105]
+    for path in [run / "real.png", *pictures]:
+        assert Image.open(path).size == (8 * 18 + 2, 8 * 18 + 2)  # two pixels between
+    frames = list(ImageSequence.Iterator(Image.open(run / "training.gif")))
+    assert len(frames) == len(pictures[:-1:4]) + 1
+    assert Image.open(run / "curves.png").size == (640, 120 * len(rows[0]))
+    losses = np.loadtxt(run / "losses.csv", delimiter=",", skiprows=1)
+    saved = torch.load(run / "checkpoint.pt")["rows"]
+    assert losses == pytest.approx(np.array([list(row.values()) for row in saved]), rel=1e-6)
 
 
-def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, monkeypatch):
-    """In a process of its own, as from a shell."""
+def run_by_hand(tmp_path, n, **others):
+    """steps() around a network that never changes; each step notes its number -> the rows."""
+    settings = {"checkpoint": {}, "resume": False, "generate": None, "epochs": 1, "seed": 0}
+    args = Namespace(out=f"{tmp_path}/run", batch=2, steps=n, device=torch.device("cpu"),
+                     **settings)
+    images = torch.randint(256, (64, 1, 4, 4), dtype=torch.uint8)
+    data = dcgan.Data(images, torch.zeros(64, 0, dtype=torch.uint8), [])
+    G = torch.nn.BatchNorm1d(2)
+
+    def draw(n):
+        assert not G.training and not torch.is_grad_enabled()
+        return 2 * torch.rand(n, 1, 4, 4) - 1
+
+    for i, log in enumerate(dcgan.steps(args, data, draw, {"G": G}, **others), 1):
+        assert G.training and torch.is_grad_enabled()
+        log["number"] = torch.tensor(float(i), requires_grad=True)
+    return torch.load(f"{tmp_path}/run/checkpoint.pt")["rows"]
+
+
+def test_a_row_is_the_mean_of_all_steps_since_the_last(tmp_path):
+    rows = run_by_hand(tmp_path, 105, measure=lambda: {"more": 5})
+    assert [row["step"] for row in rows] == [*range(2, 105, 2), 105]
+    assert [row["number"] for row in rows] == [*np.arange(1.5, 105, 2), 105]
+    assert all(list(row) == ["step", "number", "spread", "more"] for row in rows)
+    assert all(row["more"] == 5 and 0.8 < row["spread"] < 1.2 for row in rows)
+
+
+def test_every_picture_shows_the_same_z(tmp_path):
+    """draw() gives the same random numbers every time; a script's own grid() is shown instead."""
+    run_by_hand(tmp_path, 3)
+    pictures = {path.read_bytes() for path in (tmp_path / "run" / "samples").iterdir()}
+    assert len(pictures) == 1
+    run_by_hand(tmp_path / "other", 1, grid=lambda: torch.zeros(2, 3, 1, 4, 4))
+    picture = Image.open(tmp_path / "other" / "run" / "samples" / "000001.png")
+    assert picture.size == (3 * 6 + 2, 2 * 6 + 2)
+
+
+def recorded(tmp_path, row, picture=None, last=False):
+    """One call of record(), for a run of nothing."""
+    (tmp_path / "samples").mkdir(exist_ok=True)
+    data = dcgan.Data(torch.zeros(2, 3, 4, 4).byte(), torch.zeros(2, 0), [])
+    picture = torch.zeros(1, 2, 3, 16, 16) if picture is None else picture
+    dcgan.record(Namespace(out=str(tmp_path)), data, {}, [row], picture, last)
+
+
+def test_pictures_keep_their_brightness(tmp_path):
+    """The range is fixed: a dim picture stays dim whatever its neighbours are."""
+    recorded(tmp_path, {"step": 100, "spread": 1.0}, torch.full((1, 2, 3, 16, 16), -0.5))
+    picture = Image.open(tmp_path / "samples" / "000100.png")
+    assert picture.getpixel((5, 5)) == (64, 64, 64) and picture.size == (38, 20)
+
+
+def test_the_animation_is_at_most_600_pixels_wide(tmp_path):
+    recorded(tmp_path, {"step": 9, "spread": 1.0}, torch.zeros(8, 8, 3, 128, 128), last=True)
+    assert Image.open(tmp_path / "training.gif").size == (521, 521)  # half of 1042
+
+
+def test_collapse_is_told(capsys, tmp_path):
+    for step, spread, told in [(400, 0.05, False), (600, 0.5, False), (700, 0.05, True)]:
+        recorded(tmp_path, {"step": step, "loss_D": 1.0, "spread": spread})
+        assert ("MODE COLLAPSE" in capsys.readouterr().out) == told
+
+
+def test_batches_are_uniform_with_replacement_and_labels_go_with_their_images():
+    images = torch.arange(10, dtype=torch.uint8).view(10, 1, 1, 1)
+    data = dcgan.Data(images, images.view(10, 1) % 2, ["odd"])
+    torch.manual_seed(0)
+    x, y = dcgan.sample_batch(data, 20_000, torch.device("cpu"))
+    assert x.dtype == y.dtype == torch.float32 and x.min() == -1
+    index = ((x + 1) * 127.5).round().long().flatten()
+    assert torch.equal(index % 2, y.long().flatten())
+    counts = index.bincount(minlength=10)
+    assert counts.min() > 1800 and counts.max() < 2200
+
+
+def test_one_seed_repeats_a_run_and_another_gives_another(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    command = [sys.executable, HERE / "dcgan.py", "--steps", "100000", *map(str, SMALL)]
-    heard = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # not so under nohup
-    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                           preexec_fn=heard)
-    while "images on cpu ->" not in run.stdout.readline():
-        assert run.poll() is None
-    time.sleep(0.5)
-    run.send_signal(signal.SIGINT)
-    text, error = run.communicate(timeout=60)
-    assert run.returncode == 128 + signal.SIGINT and error == ""
-    saved = torch.load("runs/dcgan-cartoon/checkpoint.pt")
-    advice = text.splitlines()[-1]
-    assert f"step {saved['step']}/100000" in text and "to go on:" in advice
-    more = shlex.split(advice.split("python dcgan.py ")[1])
-    assert call(dcgan, *more, "--steps", saved["step"] + 1) == 0
-    assert torch.load("runs/dcgan-cartoon/checkpoint.pt")["step"] == saved["step"] + 1
+    for out, seed in [("a", 1), ("b", 1), ("c", 2)]:
+        assert call(dcgan, "--steps", 2, *SMALL, "--seed", seed, "--out", out) == 0
+    a, b, c = (torch.load(f"{out}/checkpoint.pt")["state"] for out in "abc")
+    assert_same(a, b)
+    assert not torch.equal(a["G"]["1.weight"], c["G"]["1.weight"])
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_other_signals_save_too(tmp_path, monkeypatch, number):
-    """From within, in the fifth step; the whole step is made and saved."""
+def test_epochs_mean_epochs_times_images_by_batch_steps(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    sample_batch, calls = dcgan.sample_batch, []
-
-    def fifth(*args):
-        calls.append(1)
-        if len(calls) == 5:
-            signal.raise_signal(number)
-        return sample_batch(*args)
-
-    monkeypatch.setattr(dcgan, "sample_batch", fifth)
-    before = signal.signal(number, signal.SIG_DFL)  # nohup ignores SIGHUP
-    try:
-        assert forked(dcgan, "--steps", 1000, *SMALL, "--out", "run") == 128 + number
-    finally:
-        signal.signal(number, before)
-    assert torch.load("run/checkpoint.pt")["step"] == 5
+    assert call(dcgan, "--epochs", 0.01, *SMALL, "--out", "run") == 0
+    assert torch.load("run/checkpoint.pt")["step"] == round(0.01 * 2560 / 4)
 
 
-def test_no_room_for_the_checkpoint(tmp_path, monkeypatch, capfd):
-    """A full disk (here: a limit on file sizes): one line, status 2, the old file stays."""
-    resource = pytest.importorskip("resource")
+def test_a_checkpoint_holds_a_sample_of_the_data_not_all_of_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert call(dcgan, "--steps", 1, *SMALL, "--out", "run") == 0
-    before = (tmp_path / "run" / "checkpoint.pt").read_bytes()
-    save_file = dcgan.save_file
-
-    def into_a_full_disk(*args):
-        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) - 9000,) * 2)
-        save_file(*args)
-
-    monkeypatch.setattr(dcgan, "save_file", into_a_full_disk)
-    assert forked(dcgan, "--resume", "--steps", 2, "--out", "run") == 2
-    error = capfd.readouterr().err
-    assert error.count("\n") == 1 and "checkpoint.pt" in error
-    assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == before
-    assert not list(tmp_path.rglob("*.tmp"))
+    images, labels, names = torch.load("run/checkpoint.pt")["data"]
+    assert images.shape == (64, 3, 16, 16) and labels.shape == (2560, 5) and len(names) == 5
+    assert images.untyped_storage().nbytes() == images.nbytes

@@ -12,7 +12,7 @@ def files(folder):
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
-def test_one_step_then_resume_then_generate(module, script, alone, tiny, device):
+def test_one_step_then_one_more_with_resume_then_three_images(module, script, alone, tiny, device):
     run = alone / "runs" / f"{script}-cartoon"
     name, gpu = alone / f"{script}.py", device == "cuda"
 
@@ -29,7 +29,7 @@ def test_one_step_then_resume_then_generate(module, script, alone, tiny, device)
     assert again("--resume", "--steps", 2) == 0
     assert files(run) == expected | {"samples/000001.png", "samples/000002.png"}
     lines = (run / "losses.csv").read_text().splitlines()
-    assert len(lines) == 3 and [line.split(",")[0] for line in lines] == ["step", "1", "2"]
+    assert [line.split(",")[0] for line in lines] == ["step", "1", "2"]
 
     assert again("--generate", 3) == 0
     images = sorted((run / "generated").iterdir())
@@ -37,8 +37,8 @@ def test_one_step_then_resume_then_generate(module, script, alone, tiny, device)
     assert Image.open(images[0]).size == (int(tiny[1]),) * 2
 
 
-def test_generate_needs_no_data_and_replaces_the_old(script, alone, module, tiny):
-    """A checkpoint is enough to draw from; the folder holds what the last call drew, no more."""
+def test_generate_needs_no_data_and_removes_the_images_of_an_earlier_call(
+        script, alone, module, tiny):
     out = alone / "runs" / f"{script}-mine"
     for i in range(80):
         folder = alone / "mine" / "ab"[i % 2]  # two classes: some scripts need labels
@@ -51,7 +51,7 @@ def test_generate_needs_no_data_and_replaces_the_old(script, alone, module, tiny
         assert len(list((out / "generated").iterdir())) == n
 
 
-def test_import_does_nothing(script, alone, capfd):
+def test_importing_a_script_does_nothing(script, alone, capfd):
     before = tree(alone)
     sys.dont_write_bytecode = True
     module = load(HERE / f"{script}.py")
@@ -63,6 +63,6 @@ def test_help_names_every_flag(module, capsys):
     with pytest.raises(SystemExit) as end:
         module.main(["--help"])
     text = capsys.readouterr().out
-    assert end.value.code == 0
+    assert end.value.code == 0 and module.__doc__.splitlines()[0] in text
     for flag in "data root size epochs steps batch lr seed device out resume generate".split():
         assert f"--{flag}" in text

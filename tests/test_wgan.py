@@ -1,16 +1,25 @@
-"""wgan.py: signs, clipping after every critic step, no momentum, how often who is trained."""
+"""wgan.py: signs, clipping before the first and after every step of the critic, no momentum."""
 
 import pytest
 import torch
-from conftest import HERE, call, cartoons, load, step_of
+from conftest import HERE, call, cartoons, load, run_train
 from torch import nn
 
 wgan = load(HERE / "wgan.py")
-FLAGS = ["--size", 16, "--batch", 4, "--width", 4]
 
 
-def build(monkeypatch, *flags):
-    return step_of(wgan, monkeypatch, [*FLAGS, *flags], cartoons(wgan, 16, 16))
+def run_wgan(monkeypatch, *flags, watch=lambda run: None):
+    flags = ["--size", 16, "--batch", 4, "--width", 4, *flags]
+    return run_train(wgan, monkeypatch, flags, cartoons(wgan, 16, 16), watch=watch)
+
+
+def once(prepare):
+    """A watch() that acts before the first step alone."""
+    return lambda run: None if run.logs else prepare(run)
+
+
+def largest(net):
+    return max(p.abs().max().item() for p in net.parameters())
 
 
 def test_losses_by_hand():
@@ -23,89 +32,88 @@ def test_the_estimate_of_a_known_distance():
     """Point masses at 0 (real) and 3 (fake), a linear critic with |w| <= c: W = 3 c."""
     c, critic = 0.01, nn.Linear(1, 1)
     optimiser = torch.optim.RMSprop(critic.parameters(), lr=5e-5)
-    for _ in range(1000):
+    for _ in range(500):
         loss = wgan.d_loss(critic(torch.zeros(4, 1)), critic(torch.full((4, 1), 3.0)))
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
-        with torch.no_grad():
-            for p in critic.parameters():
-                p.clamp_(-c, c)
+        wgan.clip(critic, c)
     assert -loss.item() == pytest.approx(3 * c, rel=1e-3)
 
 
-def test_every_weight_of_the_critic_is_clipped_when_anybody_uses_it(monkeypatch):
-    """At each pass through D but the very first: so the clip comes after the critic's step."""
-    run = build(monkeypatch, "--clip", 0.02)
-    D, largest = run["parts"]["D"], []
-    D.register_forward_pre_hook(
-        lambda *_: largest.append(max(p.abs().max().item() for p in D.parameters())))
-    run["step"]()
-    assert largest[0] > 0.02 and len(largest) == 2 * 5 + 1
-    assert max(largest[2:]) <= 0.02 + 1e-9
-    assert max(p.abs().max() for p in D.parameters()) <= 0.02 + 1e-9
-    assert max(p.abs().max() for p in run["parts"]["G"].parameters()) > 0.02
-
-
-@pytest.mark.parametrize("critic", [1, 5])
-def test_critic_steps_on_new_images_then_one_g_step(monkeypatch, critic):
-    run = build(monkeypatch, "--critic", critic)
-    calls, batches = [], []
-    for name in ("opt_G", "opt_D"):
-        optimiser = run["parts"][name]
-        monkeypatch.setattr(
-            optimiser, "step", lambda f=optimiser.step, name=name: (calls.append(name), f()))
-    sample = wgan.sample_batch
-    monkeypatch.setattr(
-        wgan, "sample_batch", lambda *args: (batches.append(1), sample(*args))[1])
-    run["step"]()
-    assert calls == ["opt_D"] * critic + ["opt_G"] and len(batches) == critic
-
-
-def test_rmsprop_without_momentum(monkeypatch):
-    run = build(monkeypatch, "--data", "mnist")
-    for name in ("opt_G", "opt_D"):
-        optimiser = run["parts"][name]
-        assert type(optimiser) is torch.optim.RMSprop
-        group = optimiser.param_groups[0]
-        assert (group["lr"], group["alpha"], group["momentum"]) == (5e-5, 0.99, 0)
-    assert run["args"].clip == 0.01 and run["args"].critic == 5
-
-
-def test_signs_in_the_step(monkeypatch):
-    """The critic's step widens the gap real - fake; G's step raises the critic's score of fakes."""
-    run = build(monkeypatch, "--lr", 1e-4, "--critic", 1)
-    G, D = run["parts"]["G"], run["parts"]["D"]
-    data = cartoons(wgan, 16, 16)
-    real, z = (data.images / 127.5 - 1), torch.randn(16, wgan.Z)
-
-    def gap():
-        with torch.no_grad():
-            return (D(real).mean() - D(G(z)).mean()).item()
-
+def test_clipping_includes_batchnorm_and_keeps_what_is_small():
+    D = wgan.Discriminator(3, 16, 4)
     with torch.no_grad():
-        for p in D.parameters():
-            p.clamp_(-0.01, 0.01)
-    original, gaps = run["parts"]["opt_D"].step, []
-    monkeypatch.setattr(run["parts"]["opt_D"], "step",
-                        lambda: (gaps.append(gap()), original(), gaps.append(gap())))
-    score = []
-    g_step = run["parts"]["opt_G"].step
-
-    def fakes():
-        with torch.no_grad():
-            return D(G(z)).mean().item()
-
-    monkeypatch.setattr(run["parts"]["opt_G"], "step",
-                        lambda: (score.append(fakes()), g_step(), score.append(fakes())))
-    log = run["step"]()
-    assert gaps[1] > gaps[0] and score[1] > score[0]
-    assert log["W"] == -log["loss_D"]
+        D[0].weight.fill_(0.004)
+        D[2].weight.fill_(-0.3)
+    wgan.clip(D, 0.01)
+    norm = next(layer for layer in D if isinstance(layer, nn.BatchNorm2d))
+    assert (D[0].weight == 0.004).all() and (D[2].weight == -0.01).all()
+    assert (norm.weight == 0.01).all() and (norm.running_var == 1).all()
 
 
-@pytest.mark.parametrize(
-    "flags", ["--clip nan", "--clip -1", "--clip x", "--critic 0", "--critic 2.5"])
-def test_own_flags_refuse_nonsense(flags, capsys, tmp_path, monkeypatch):
+def test_the_critic_is_clipped_at_every_pass_from_the_first_one_on(monkeypatch):
+    """RMSprop would remember the first gradient of an unclipped critic for a thousand steps."""
+    seen = []
+
+    def prepare(run):
+        D = run.to_save["D"]
+        D.register_forward_pre_hook(lambda *_: seen.append(largest(D)))
+
+    run = run_wgan(monkeypatch, "--clip", 0.02, watch=once(prepare))
+    assert len(seen) == 2 * 5 + 1 and max(seen) <= 0.02 + 1e-9
+    assert largest(run.to_save["D"]) <= 0.02 + 1e-9 and largest(run.to_save["G"]) > 0.02
+
+
+@pytest.mark.parametrize("steps", [1, 5])
+def test_critic_steps_on_new_images_then_one_step_of_g_with_new_z(monkeypatch, steps):
+    calls = []
+
+    def prepare(run):
+        for name in ("opt_G", "opt_D"):
+            optimiser = run.to_save[name]
+            optimiser.step = lambda f=optimiser.step, name=name: (calls.append(name), f())
+        run.to_save["G"].register_forward_hook(lambda *_: calls.append("z"))
+
+    sample = wgan.sample_batch
+    monkeypatch.setattr(wgan, "sample_batch", lambda *args: (calls.append("x"), sample(*args))[1])
+    run_wgan(monkeypatch, "--critic-steps", steps, watch=once(prepare))
+    assert calls == ["x", "z", "opt_D"] * steps + ["z", "opt_G"]
+
+
+def test_the_papers_settings_rmsprop_without_momentum(monkeypatch):
+    run = run_train(wgan, monkeypatch, ["--data", "mnist", "--size", 16], cartoons(wgan, 8, 16), 0)
+    for name in ("opt_G", "opt_D"):
+        assert type(run.to_save[name]) is torch.optim.RMSprop
+        group = run.to_save[name].param_groups[0]
+        assert (group["lr"], group["alpha"], group["momentum"]) == (5e-5, 0.99, 0)
+    args = run.args
+    assert (args.clip, args.critic_steps, args.batch, args.width) == (0.01, 5, 64, 64)
+
+
+def test_the_critic_widens_the_gap_and_g_raises_the_scores_of_its_fakes(monkeypatch):
+    gaps, scores = [], []
+
+    def prepare(run):
+        G, D = run.to_save["G"], run.to_save["D"]
+        real, z = cartoons(wgan, 16, 16).images / 127.5 - 1, torch.randn(16, wgan.Z)
+
+        @torch.no_grad()
+        def measure(name):
+            score = D(G(z)).mean().item()
+            gaps.append(D(real).mean().item() - score) if name == "opt_D" else scores.append(score)
+
+        for name in ("opt_G", "opt_D"):
+            optimiser = run.to_save[name]
+            optimiser.step = lambda f=optimiser.step, name=name: (measure(name), f(), measure(name))
+
+    run = run_wgan(monkeypatch, "--lr", 1e-4, "--critic-steps", 1, watch=once(prepare))
+    assert gaps[1] > gaps[0] and scores[1] > scores[0]
+    assert run.logs[0]["W"] == -run.logs[0]["loss_D"]
+
+
+@pytest.mark.parametrize("flags", ["--clip x", "--critic-steps 2.5"])
+def test_own_flags_refuse_what_is_no_number(flags, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert call(wgan, *flags.split()) == 2
     assert capsys.readouterr().err.count("\n") == 1 and not any(tmp_path.iterdir())

@@ -3,7 +3,7 @@
 Not collected by pytest. In an environment with requirements.txt, and a SciPy below 1.18, because
 pytorch-fid does not run with a newer one:
 
-    pip install --no-deps pytorch-fid==0.3.0 && python tests/compare_fid.py
+    pip install --no-deps pytorch-fid==0.3.0 && python tests/measure/compare_fid.py
 
 Both get the same random weights, so nothing is downloaded: agreement does not depend on the values.
 The two sides of every ratio are timed in turn, so that what else the machine does hits them alike.
@@ -27,7 +27,7 @@ from pytorch_fid.inception import InceptionV3
 from torch import nn
 from torchvision.models import inception_v3
 
-HERE = Path(__file__).resolve().parent.parent
+HERE = Path(__file__).resolve().parents[2]
 spec = importlib.util.spec_from_file_location("fid", HERE / "fid.py")
 fid = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(fid)
@@ -67,7 +67,7 @@ def draw(folder, n, sizes, end, seed=0):
 
 def features_of(folder, net, batch=32):
     with torch.no_grad():
-        batches = fid.read_ahead(fid.list_images(folder), None, batch)
+        batches = fid.read_batches(fid.list_files(folder), None, batch)
         return torch.cat([net(fid.to_input(images, cpu)) for images in batches])
 
 
@@ -146,7 +146,7 @@ def compare_distances(rounds):
 def compare_speed(folder, net, model, rounds):
     row("features, end to end", "times faster", "s", "s, fid.py")
     row(*4 * ["---"])
-    n = len(fid.list_images(folder))
+    n = len(fid.list_files(folder))
     speed = paired(lambda: features_of(folder, net), lambda: their_features(folder, model), rounds)
     row(f"{n} images of 32 px, {torch.get_num_threads()} threads", *speed)
 
@@ -160,7 +160,7 @@ def compare_files(desk, weights):
     fid.main([str(a), "--save", str(desk / "ours.npz"), *common])
 
     def ours(first):
-        return next(fid.report_score(fid.read_arguments([str(first), str(b), *common])))[0]
+        return next(fid.report_scores(fid.read_arguments([str(first), str(b), *common])))[0]
 
     found = {"pytorch-fid, folders": theirs.calculate_fid_given_paths([str(a), str(b)], 5, cpu,
                                                                       2048, 0)}

@@ -1,6 +1,6 @@
 """Which generator draws best? Finished runs on one data set, side by side.
 
-    python tests/measure_quality.py runs/dcgan-faces-0 runs/dcgan-faces-1 runs/wgan-faces-0 ...
+    python tests/measure/quality.py runs/dcgan-faces-0 runs/dcgan-faces-1 runs/wgan-faces-0 ...
 
 Runs of one script that differ in their seeds alone become one row: mean and standard deviation. FD
 is the Frechet distance between 2,000 fakes and all real images, in 128 features of a small
@@ -10,13 +10,13 @@ that can be had. spread is over the same fakes.
 """
 
 import argparse
+import importlib
 import statistics
 
 import torch
-from conftest import HERE, load
-from measure_control import classifier, open_run
+from control import classifier, open_run
 
-fid = load(HERE / "fid.py")
+fid = importlib.import_module("fid")  # control.py has made it possible
 
 
 @torch.no_grad()
@@ -31,10 +31,9 @@ def distance(a, b):
 
 
 @torch.no_grad()
-def fakes(args, caught):
+def fakes(run):
     torch.manual_seed(1)
-    caught["parts"]["G"].eval()
-    return torch.cat([caught["draw"](100) for _ in range(20)])
+    return torch.cat([run.draw(100) for _ in range(20)])
 
 
 def cell(values, digits):
@@ -48,7 +47,8 @@ def main():
     parser.add_argument("--root", default="data")
     asked, net, rows = parser.parse_args(), None, {}
     for out in asked.runs:
-        module, args, _, caught = open_run(out)
+        run = open_run(out)
+        module, args = run.module, run.args
         if net is None:
             data = module.load_images(args.data, args.size, asked.root)
             real = data.images.to(args.device) / 127.5 - 1
@@ -57,10 +57,10 @@ def main():
             floor = distance(features(net, real[:2000]), features(net, real[2000:]))
             print("| script | runs | images shown to G | FD | spread |\n|---|---|---|---|---|")
             print(f"| {args.data}, 2,000 real images | | | {floor:.3f} | 1 |", flush=True)
-        made = fakes(args, caught)
+        made = fakes(run)
         spread = (made.std(0).mean() / real.std(0).mean()).item()
-        row = rows.setdefault(args.saved["form"].split()[0], [])
-        shown = args.saved["step"] * args.batch * args.saved["settings"]["processes"]
+        row = rows.setdefault(module.SCRIPT, [])
+        shown = args.checkpoint["step"] * args.batch  # of one process
         row.append((distance(features(net, made), all_real), spread, shown))
     for name, found in rows.items():
         fd, spread, shown = zip(*found)

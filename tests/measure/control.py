@@ -1,6 +1,6 @@
 """Does a finished run draw what it is asked for? Asks a classifier that no GAN has seen.
 
-    python tests/measure_control.py runs/cgan-cartoon runs/acgan-cartoon runs/egan-cartoon
+    python tests/measure/control.py runs/cgan-cartoon runs/acgan-cartoon runs/egan-cartoon
 
 The classifier is trained here, on the training images of the run's data set (--root says where it
 is), and tested on others. For cgan and acgan it says for each label how many of 2,000 images have
@@ -8,28 +8,36 @@ it as asked; for egan what it reads as c rises, on average and for each of 64 z.
 """
 
 import argparse
+import importlib
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import torch
-from conftest import HERE, load
 from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 
 def open_run(out):
-    """-> the script as a module, its settings, data, and what train() hands to fit()."""
-    form = torch.load(f"{out}/checkpoint.pt", map_location="cpu")["form"]
-    module, caught = load(HERE / f"{form.split()[0]}.py"), {}
-    args = module.command_line(["--out", str(out), "--generate", "1"])
+    """-> the script as module, its args and data, and draw and to_save as steps() gets them."""
+    script = torch.load(f"{out}/checkpoint.pt", map_location="cpu")["script"]
+    module = importlib.import_module(script)
+    args = module.parse_arguments(["--resume", "--out", str(out)])
+    run = SimpleNamespace(module=module, args=args, data=module.Data(*args.checkpoint["data"]))
 
-    def fit(args, data, step, draw, parts, grid=None, measure=dict):
-        caught.update(draw=draw, parts=parts)
+    def no_steps(args, data, draw, to_save, *others):
+        run.draw, run.to_save = draw, to_save
+        return ()
 
-    original, module.fit = module.fit, fit
-    data = module.Data(*args.saved["data"])
-    module.train(args, data)
-    module.fit = original
-    for name, state in args.saved["parts"].items():
-        caught["parts"][name].load_state_dict(state)
-    return module, args, data, caught
+    original, module.steps = module.steps, no_steps
+    module.train(args, run.data)
+    module.steps = original
+    for name, state in args.checkpoint["state"].items():
+        run.to_save[name].load_state_dict(state)
+        if isinstance(run.to_save[name], nn.Module):
+            run.to_save[name].eval()
+    return run
 
 
 def classifier(data, device, epochs=4, batch=64):
@@ -68,13 +76,14 @@ def say(names, values):
 
 
 @torch.no_grad()
-def conditional(module, args, data, parts, judge):
-    labels = module.sample_labels(data, 2000, args.device)
-    images = torch.cat([parts["G"](torch.randn(len(y), module.Z, device=args.device), y)
-                        for y in labels.split(100)])
+def conditional(run, judge):
+    labels = run.module.sample_labels(run.data, 2000, run.args.device)
+    z = torch.randn(2000, run.module.Z, device=run.args.device)
+    G = run.to_save["G"]
+    images = torch.cat([G(*some) for some in zip(z.split(100), labels.split(100))])
     found = right(judge(images), labels)
     print(f"  images with the label as asked: {found.mean():.3f} on average")
-    say(data.names, found.tolist())
+    say(run.data.names, found.tolist())
 
 
 def correlation(c, readings):
@@ -83,13 +92,14 @@ def correlation(c, readings):
 
 
 @torch.no_grad()
-def swept(module, args, data, parts, judge):
+def swept(run, judge):
+    module, args = run.module, run.args
     values = torch.linspace(0, args.sweep, 9, device=args.device)
-    images = module.sweep(parts["G"], 64, values)
+    images = module.sweep(run.to_save["G"], 64, values)
     if args.attribute in module.FORMULAS:
         readings = module.FORMULAS[args.attribute](images.flatten(0, 1)).unflatten(0, (64, 9))
     else:
-        logits = judge(images.flatten(0, 1))[:, data.names.index(args.attribute)]
+        logits = judge(images.flatten(0, 1))[:, run.data.names.index(args.attribute)]
         readings = logits.sigmoid().unflatten(0, (64, 9))
     print(f"  {args.attribute} of 64 z, by c (mean):")
     say([f"c={c:g}" for c in values.tolist()], readings.mean(0).tolist())
@@ -108,8 +118,8 @@ def main():
     parser.add_argument("--root", default="data")
     asked, judges = parser.parse_args(), {}
     for out in asked.runs:
-        module, args, data, caught = open_run(out)
-        parts, key = caught["parts"], (args.data, args.size)
+        run = open_run(out)
+        module, args, key = run.module, run.args, (run.args.data, run.args.size)
         if key not in judges:
             real = module.load_images(args.data, args.size, asked.root)
             if args.data in module.SETS:
@@ -126,11 +136,7 @@ def main():
             say(real.names, found.tolist())
         print(out)
         torch.manual_seed(1)
-        for net in parts.values():
-            if isinstance(net, nn.Module):
-                net.eval()
-        kind = swept if hasattr(module, "sweep") else conditional
-        kind(module, args, data, parts, judges[key])
+        (swept if hasattr(module, "sweep") else conditional)(run, judges[key])
 
 
 if __name__ == "__main__":
