@@ -313,7 +313,7 @@ def record(args, data, to_save, rows, picture, last):
     if last:
         files = sorted(file.parent.glob("[0-9]*.png"))
         frames = [Image.open(file) for file in [*files[:-1:4], files[-1]]]  # each fourth, the last
-        first, *others = [frame.reduce(math.ceil(max(frame.size) / 600)) for frame in frames]
+        first, *others = [frame.reduce(math.ceil(max(frame.size) / 300)) for frame in frames]
         first.save(out / "training.gif", append_images=others, save_all=True, duration=200, loop=0)
     settings = {**vars(args), "checkpoint": None, "device": None}  # these two are not kept
     state = {name: part.state_dict() for name, part in to_save.items()}

@@ -62,7 +62,7 @@ from torchvision.utils import save_image
 # --- networks -------------------------------------------------------------------------------------
 
 SIZES = [16, 32, 64, 128, 256, 512, 1024]  # the networks can be built for images of these sizes
-Z = 100  # how many numbers z has (Sec. 4)
+Z = 100  # how many numbers z has (DCGAN, Sec. 4)
 
 
 def feature_maps(size, width):
@@ -123,7 +123,7 @@ class Discriminator(nn.Sequential):
 
 
 def init_weights(module):
-    """Weights from N(0, 0.02^2), Sec. 4; BatchNorm's scales from N(1, 0.02^2), its shifts 0."""
+    """As in DCGAN: weights from N(0, 0.02^2), BatchNorm's scales from N(1, 0.02^2), shifts 0."""
     if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
         nn.init.normal_(module.weight, mean=0, std=0.02)
     elif isinstance(module, nn.BatchNorm2d):
@@ -280,7 +280,7 @@ def record(args, data, to_save, rows, picture, last):
     if last:
         files = sorted(file.parent.glob("[0-9]*.png"))
         frames = [Image.open(file) for file in [*files[:-1:4], files[-1]]]  # each fourth, the last
-        first, *others = [frame.reduce(math.ceil(max(frame.size) / 600)) for frame in frames]
+        first, *others = [frame.reduce(math.ceil(max(frame.size) / 300)) for frame in frames]
         first.save(out / "training.gif", append_images=others, save_all=True, duration=200, loop=0)
     settings = {**vars(args), "checkpoint": None, "device": None}  # these two are not kept
     state = {name: part.state_dict() for name, part in to_save.items()}

@@ -14,8 +14,7 @@ fake, which is more than one probability can tell.
     PT = 1 / (N (N - 1)) sum over i != j of cos(S_i, S_j)^2       Sec. 2.4, S_i = Enc(G(z_i))
 
 When G collapses, its fakes are all alike, and the codes S of a batch of N fakes point the same way.
-Then the pull-away term PT is 1. G lowers it by making fakes whose codes differ: at right angles
-PT is 0.
+Then the pull-away term PT is 1. It is 0 if all codes are at right angles, so G makes them differ.
 
 Changes from dcgan.py:
   - D is an autoencoder, with biases; it returns energies, and the codes that PT needs
@@ -30,11 +29,9 @@ Differs from the paper:
   - G and the learning rate are dcgan.py's
   - as in dcgan.py, D's fakes serve G's step, too; batches are drawn with replacement; images are
     drawn with BatchNorm's running averages
-  - z is as in C. Fabbri, "A Comparative Study of GANs Towards Automatic Image Colorization",
-    University of Minnesota, 2017, whose learning rate is 1e-3. His code has two slips: the cosine
-    is not squared, which rewards opposite codes, and the energy is one number for a whole batch,
-    so that the margin depends on the batch's size. His faces are the central 60 % of CelebA's
-    images, ours the central 128x128 pixels
+  - z is as in C. Fabbri, "A Comparative Study of GANs Towards Automatic Image Colorization", 2017,
+    whose learning rate is 1e-3. His code has two slips: the cosine is not squared, which rewards
+    opposite codes, and there is one energy for a whole batch
 
     python ebgan.py                                      # cartoon faces, on a CPU, no download
     python ebgan.py --data celeba                        # photographs of faces
@@ -68,7 +65,7 @@ from torchvision.utils import save_image
 # --- networks -------------------------------------------------------------------------------------
 
 SIZES = [16, 32, 64, 128, 256, 512, 1024]  # the networks can be built for images of these sizes
-Z = 100  # how many numbers z has (Sec. 4)
+Z = 100  # how many numbers z has (DCGAN, Sec. 4)
 
 
 def feature_maps(size, width):
@@ -310,7 +307,7 @@ def record(args, data, to_save, rows, picture, last):
     if last:
         files = sorted(file.parent.glob("[0-9]*.png"))
         frames = [Image.open(file) for file in [*files[:-1:4], files[-1]]]  # each fourth, the last
-        first, *others = [frame.reduce(math.ceil(max(frame.size) / 600)) for frame in frames]
+        first, *others = [frame.reduce(math.ceil(max(frame.size) / 300)) for frame in frames]
         first.save(out / "training.gif", append_images=others, save_all=True, duration=200, loop=0)
     settings = {**vars(args), "checkpoint": None, "device": None}  # these two are not kept
     state = {name: part.state_dict() for name, part in to_save.items()}

@@ -3,27 +3,24 @@
 and Possible Extensions of GANs", master's thesis, The University of Texas at Austin, 2017, Ch. 3
 and 4. G and D are DCGAN's (Radford, Metz and Chintala 2015, arXiv 1511.06434).
 
-G has one more input, the number c, and c comes to control one attribute of the images: how bright
+G has one more input, the number c, which comes to control one attribute of the images: how bright
 they are, how sharp, or whether the mouth is open. An extractor reads the attribute off an image, as
 a number c_hat between 0 and 1. G learns to fool D and, at once, to make images whose c_hat is c.
-Brightness and sharpness are formulas, and need no labels. For any other attribute the extractor is
-a small CNN that learns from labelled images. In the end, turning c alone turns the attribute.
+Brightness and sharpness are formulas. Any other attribute is read by a CNN that learns from labels.
 
     w = [z, c]    G's input; in training c is 0 or 1, equally often
     L_D = -E[log D(x)] - E[log(1 - D(G(w)))]                  as in dcgan.py
-    L_G = l_fool + rep l_rep                                  rep is a weight, set by --rep
-    l_fool = -E[log D(G(w))]
-    l_rep = -E[c log c_hat + (1 - c) log(1 - c_hat)]          c_hat is read off the fake G(w)
-    L_extractor = -E[t log c_hat + (1 - t) log(1 - c_hat)]    c_hat is read off a real image,
-                                                              t is 0.9 if it has the label, or 0.1
+    L_G = -E[log D(G(w))] + rep l_rep                         rep is a weight, set by --rep
+    l_rep = -E[c log c_hat + (1 - c) log(1 - c_hat)]          c_hat of the fake G(w)
+    L_extractor = -E[t log c_hat + (1 - t) log(1 - c_hat)]    c_hat of a real image; t is 0.9 if it
+                                                              has the attribute, else 0.1
     brightness = mean of Y             over all pixels; Y = 0.2126 R + 0.7152 G + 0.0722 B, 0 to 1
     sharpness = mean of n / max(n)     n = sqrt(Y_x^2 + Y_y^2) is how steeply Y changes at a pixel
 
 Sharpness says how evenly the edges are spread, not how crisp they are: a linear ramp has 1, noise
-about 0.27, and one hard edge 0.03 at 64 px (0.06 at 32 px).
-
-On CelebA (--size 32 --steps 2500 --attribute Male --extractor joint) c_hat was 0.04, 0.91 and 0.999
-at c = 0, 1 and 2: hair shortens, beards grow, the face stays. Above 1, c was never in training.
+about 0.27, and one hard edge 0.03 at 64 px (0.06 at 32 px). A CNN's example: on CelebA (--size 32
+--steps 2500 --attribute Male --extractor joint) c_hat was 0.04, 0.91 and 0.999 at c = 0, 1 and 2:
+hair shortens, beards grow, the face stays. Above 1, c was never in training.
 
 Changes from dcgan.py:
   - the input w, with z uniform in [-1, 1]; l_rep in L_G; two steps of G for each step of D
@@ -39,10 +36,8 @@ Differs from the paper:
     loss; for a D that says how probable a real image is, it is the L_D above
   - z is uniform in [-1, 1], as in the code that the thesis builds on; the thesis says [0, 1], with
     which G drew the same cartoon face for every z
-  - the losses are means, not sums. --rep is 1, as in the thesis, but on the flat cartoon faces that
-    is too little: there it is 20 for a formula and 5 for a label (with 20, G fools the CNN)
-  - the thesis does not say how wide the CNN's three layers are, nor how many steps G makes; two is
-    from its chapter on DCGAN. It calls n, the Euclidean norm of two slopes, a geometric mean
+  - the losses are means, not sums. --rep is 1, as in the thesis, but more on the flat cartoon faces
+  - the thesis does not tell the CNN's widths, and has two steps of G for DCGAN, not for EGAN
   - CelebA is cropped to 128x128 pixels, in that code to 108x108; batches are drawn with replacement
 
     python egan.py                                                     # cartoon faces, brightness
@@ -154,7 +149,7 @@ class Extractor(nn.Sequential):
 
 
 def init_weights(module):
-    """Sec. 4: weights from N(0, 0.02^2). BatchNorm: scales from N(1, 0.02^2), shifts at 0."""
+    """As in DCGAN: weights from N(0, 0.02^2), BatchNorm's scales from N(1, 0.02^2), shifts 0."""
     if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
         nn.init.normal_(module.weight, mean=0, std=0.02)
     elif isinstance(module, nn.BatchNorm2d):
@@ -176,12 +171,9 @@ def brightness(images):
 
 
 def sharpness(images):
-    """(B, C, size, size) in [-1, 1] -> (B,) from 0 (flat) to 1 (the same slope everywhere).
-
-    The slopes are central differences, one-sided at the borders. At 0 a root's gradient is
-    infinite: 1e-12 below it prevents that, and the 1e-6 that it adds to n is taken away again.
-    """
-    y_down, y_right = torch.gradient(luma(images), dim=(1, 2))
+    """(B, C, size, size) in [-1, 1] -> (B,) from 0 (flat) to 1 (the same slope everywhere)."""
+    y_down, y_right = torch.gradient(luma(images), dim=(1, 2))  # as numpy.gradient() has them
+    # At 0 a root's gradient is infinite. 1e-12 prevents that; its root is taken away again.
     n = (y_down.square() + y_right.square() + 1e-12).sqrt() - 1e-6
     return n.mean((1, 2)) / (n.amax((1, 2)) + 1e-8)
 
@@ -198,7 +190,7 @@ def d_loss(real_logits, fake_logits):
 
 
 def g_loss(fake_logits):
-    """l_fool = -E[log D(G(w))]; log 2 = 0.693 if D says 1/2 to everything."""
+    """-E[log D(G(w))], L_G's first part; log 2 = 0.693 if D says 1/2 to everything."""
     return softplus(-fake_logits).mean()
 
 
@@ -211,7 +203,7 @@ def rep_loss(extractor_logits, c):
 
 
 def add_arguments(parser):
-    """This paper's defaults and its own flags. Returns the other defaults for the cartoon faces."""
+    """This paper's defaults and its own flags. Returns the defaults that differ on cartoon."""
     parser.set_defaults(lr=2e-4, batch=64, epochs=25)
     parser.epilog = "Zhou's are --lr, --batch, --rep and, with pretrain, --epochs."
     add = parser.add_argument
@@ -233,24 +225,20 @@ def split(data):
 
 
 def build_extractor(args, data):
-    """-> what turns images into logits (B,), a formula or a CNN; the CNN's optimiser, or None.
-
-    Outside its own steps the CNN is in eval mode, so that it reads each image by itself.
-    """
+    """-> what turns images into logits (B,), a formula or a CNN; the CNN's optimiser, or None."""
     if args.attribute in FORMULAS:
         def extractor(images):  # eps keeps c_hat from 0 and 1, where the logit is infinite
             return FORMULAS[args.attribute](images).logit(eps=1e-6)
         return extractor, None
-    known = [*FORMULAS, *data.names]
-    if args.attribute not in known:
-        message = f"--attribute {args.attribute}: {args.data} has {', '.join(known)}"
-        if args.data == "celeba" and not data.names:
-            message += f"; get list_attr_celeba.txt (CelebA's site, or Kaggle) into {args.root}"
-        user_error(message)
+    if args.attribute not in data.names:
+        no_table = args.data == "celeba" and not data.names
+        hint = "; for labels get list_attr_celeba.txt, too" if no_table else ""
+        known = ", ".join([*FORMULAS, *data.names])
+        user_error(f"--attribute {args.attribute}: {args.data} has {known}{hint}")
     extractor = Extractor(data.images.shape[1], args.size).apply(init_weights)
-    extractor.to(args.device).eval()
+    extractor.to(args.device).eval()  # BatchNorm mixes images in extractor_step() alone
     opt_extractor = torch.optim.Adam(extractor.parameters(), lr=args.lr, betas=(0.5, 0.999))
-    if args.extractor == "pretrain" and not args.checkpoint:  # that has it trained
+    if args.extractor == "pretrain" and not args.checkpoint:  # a checkpoint holds a trained CNN
         pretrain(args, data, extractor, opt_extractor)
     return extractor, opt_extractor
 
@@ -282,9 +270,10 @@ def extractor_step(args, data, extractor, opt_extractor):
 
 
 def rep_weight(args):
-    """--rep; without it, 1, but more on the cartoon faces (see "Differs from the paper")."""
-    usual = 1 if args.data != "cartoon" else 20 if args.attribute in FORMULAS else 5
-    return usual if args.rep is None else args.rep
+    """--rep, or its default: 1, but on cartoon 20 for a formula, and 5 for a label."""
+    on_cartoon = 20 if args.attribute in FORMULAS else 5
+    default = on_cartoon if args.data == "cartoon" else 1
+    return default if args.rep is None else args.rep
 
 
 def sample_w(args, n):
@@ -350,7 +339,7 @@ def train(args, data):
         fake = G(w)
 
         # D's step. detach() keeps its gradient out of G. Real and fake images go through D apart:
-        # in one batch BatchNorm would mix their statistics, and D could not tell them by these.
+        # in one batch, BatchNorm would average over both and hide from D how they differ.
         real_logits, fake_logits = D(real), D(fake.detach())
         loss_D = d_loss(real_logits, fake_logits)
         opt_D.zero_grad()
@@ -358,7 +347,7 @@ def train(args, data):
         opt_D.step()
 
         # G's step, against the improved D. The gradient flows back through D and the extractor into
-        # G; inputs= says that only G's weights collect it.
+        # G; inputs= leaves their weights without one.
         for k in range(args.g_steps):
             w = sample_w(args, args.batch) if k > 0 else w
             fake = G(w) if k > 0 else fake
@@ -368,7 +357,7 @@ def train(args, data):
             loss_G.backward(inputs=list(G.parameters()))
             opt_G.step()
 
-        # Tensors, not floats: .item() would make the GPU wait here in every step.
+        # Tensors, not floats: .item() would make Python wait for the GPU in every step.
         log.update({"loss_D": loss_D, "loss_G": loss_G, "D(x)": real_logits.sigmoid().mean(),
                     "D(G(w))": fake_logits.sigmoid().mean(), "loss_rep": loss_rep})
 
@@ -458,7 +447,7 @@ def record(args, data, to_save, rows, picture, last):
     if last:
         files = sorted(file.parent.glob("[0-9]*.png"))
         frames = [Image.open(file) for file in [*files[:-1:4], files[-1]]]  # each fourth, the last
-        first, *others = [frame.reduce(math.ceil(max(frame.size) / 600)) for frame in frames]
+        first, *others = [frame.reduce(math.ceil(max(frame.size) / 300)) for frame in frames]
         first.save(out / "training.gif", append_images=others, save_all=True, duration=200, loop=0)
     settings = {**vars(args), "checkpoint": None, "device": None}  # these two are not kept
     state = {name: part.state_dict() for name, part in to_save.items()}

@@ -126,9 +126,7 @@ def square_root(sigma):
 
 
 def kid(x, y):
-    """Features (n1, d) and (n2, d) -> mean and standard deviation of MMD^2 over the subsets, how
-    many subsets there are, and their size.
-    """
+    """Features (n1, d), (n2, d) -> mean and standard deviation; number and size of the subsets."""
     size = min(1000, len(x), len(y))
     subsets = 1 if len(x) == len(y) == size else 100
     generator = torch.Generator().manual_seed(0)

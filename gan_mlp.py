@@ -18,10 +18,10 @@ practice it never quite settles. Training makes losses small, one for each netwo
     L_G = -E[log D(G(z))]                       Sec. 3, the non-saturating loss: the default
 
 Why another loss for G? D's last layer returns a logit, which is any number, and D(x) is
-sigmoid(logit), which is between 0 and 1. At first D sees through every fake: the logit is far below
-0, and D(G(z)) is nearly 0. There the saturating loss is flat. Its slope against the logit is
--D(G(z)), only -0.0003 at a logit of -8, so G hardly moves just when it has most to learn. The slope
-of the non-saturating loss is D(G(z)) - 1, nearly -1. The game has the same end with both.
+sigmoid(logit), between 0 and 1. At first D sees through every fake: the logit is far below 0, and
+D(G(z)) nearly 0. There the saturating loss is flat: its slope against the logit is -D(G(z)), only
+-0.0003 at a logit of -8. So G hardly moves just when it has most to learn. The slope of the other
+loss is D(G(z)) - 1, nearly -1 there. The game has the same end with both.
 
 Differs from the paper:
   - ReLU in G and LeakyReLU in D; the paper's D has maxout and dropout
@@ -31,7 +31,7 @@ Differs from the paper:
   - D's fakes serve G's step, too, which saves a pass through G; the paper draws new z
   - batches are drawn with replacement; the paper's epochs go through all images once
   - layers, z and batches are as large as in C. Fabbri, "A Comparative Study of GANs Towards
-    Automatic Image Colorization", University of Minnesota, 2017
+    Automatic Image Colorization", 2017
 
     python gan_mlp.py                                # cartoon faces, on a CPU, no download
     python gan_mlp.py --data mnist                   # digits
@@ -84,10 +84,7 @@ class Generator(nn.Sequential):
 
 
 class Discriminator(nn.Sequential):
-    """Images (B, C, size, size) in [-1, 1] -> logits (B,); D(x) = sigmoid(logit), near 1 for real.
-
-    The sigmoid itself is part of the losses.
-    """
+    """Images (B, C, size, size) in [-1, 1] -> logits (B,); D(x) = sigmoid(logit)."""
 
     def __init__(self, channels, size):
         super().__init__(
@@ -113,9 +110,7 @@ def d_loss(real_logits, fake_logits):
 
 def g_loss(fake_logits, saturating=False):
     """L_G = -E[log D(G(z))], or, saturating, E[log(1 - D(G(z)))]: log 2 or -log 2 if D says 1/2."""
-    if saturating:
-        return -softplus(fake_logits).mean()
-    return softplus(-fake_logits).mean()
+    return -softplus(fake_logits).mean() if saturating else softplus(-fake_logits).mean()
 
 
 # --- training -------------------------------------------------------------------------------------
@@ -143,8 +138,7 @@ def train(args, data):
     def draw(n):
         return G(sample_z(n))
 
-    # A turn of the loop is one training step: Alg. 1 with k = 1. Between the turns steps() writes
-    # what log holds to losses.csv, draws images, and saves the networks and their optimisers.
+    # Each turn of this loop is one training step. Between the turns steps() draws, logs and saves.
     for log in steps(args, data, draw, {"G": G, "D": D, "opt_G": opt_G, "opt_D": opt_D}):
         real, _ = sample_batch(data, args.batch, args.device)  # _ are labels, which are not used
         fake = G(sample_z(args.batch))
@@ -252,7 +246,7 @@ def record(args, data, to_save, rows, picture, last):
     if last:
         files = sorted(file.parent.glob("[0-9]*.png"))
         frames = [Image.open(file) for file in [*files[:-1:4], files[-1]]]  # each fourth, the last
-        first, *others = [frame.reduce(math.ceil(max(frame.size) / 600)) for frame in frames]
+        first, *others = [frame.reduce(math.ceil(max(frame.size) / 300)) for frame in frames]
         first.save(out / "training.gif", append_images=others, save_all=True, duration=200, loop=0)
     settings = {**vars(args), "checkpoint": None, "device": None}  # these two are not kept
     state = {name: part.state_dict() for name, part in to_save.items()}

@@ -25,10 +25,9 @@ Differs from the paper:
     The paper's G has further layers of stride 1, and its z 1024 numbers; its images have 112 px
   - as in dcgan.py, D's fakes serve G's step, too; batches are drawn with replacement; images are
     drawn with BatchNorm's running averages
-  - C. Fabbri, "A Comparative Study of GANs Towards Automatic Image Colorization", University of
-    Minnesota, 2017, trained an LSGAN on LSUN's churches, with a learning rate of 1e-3. His code has
-    two slips: it squares the mean of D over the batch, not each score, and his D does not return
-    scores but the 512 feature maps of its last LeakyReLU
+  - C. Fabbri, "A Comparative Study of GANs Towards Automatic Image Colorization", 2017, trained an
+    LSGAN on LSUN's churches, with a learning rate of 1e-3. By a slip, the D of his code does not
+    return scores but the 512 feature maps of its last LeakyReLU
 
     python lsgan.py                                       # cartoon faces, on a CPU, no download
     python lsgan.py --data church_images --size 128       # a folder of images, here of churches
@@ -61,7 +60,7 @@ from torchvision.utils import save_image
 # --- networks -------------------------------------------------------------------------------------
 
 SIZES = [16, 32, 64, 128, 256, 512, 1024]  # the networks can be built for images of these sizes
-Z = 100  # how many numbers z has (Sec. 4)
+Z = 100  # how many numbers z has (DCGAN, Sec. 4)
 
 
 def feature_maps(size, width):
@@ -122,7 +121,7 @@ class Discriminator(nn.Sequential):
 
 
 def init_weights(module):
-    """Weights from N(0, 0.02^2), Sec. 4; BatchNorm's scales from N(1, 0.02^2), its shifts 0."""
+    """As in DCGAN: weights from N(0, 0.02^2), BatchNorm's scales from N(1, 0.02^2), shifts 0."""
     if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
         nn.init.normal_(module.weight, mean=0, std=0.02)
     elif isinstance(module, nn.BatchNorm2d):
@@ -278,7 +277,7 @@ def record(args, data, to_save, rows, picture, last):
     if last:
         files = sorted(file.parent.glob("[0-9]*.png"))
         frames = [Image.open(file) for file in [*files[:-1:4], files[-1]]]  # each fourth, the last
-        first, *others = [frame.reduce(math.ceil(max(frame.size) / 600)) for frame in frames]
+        first, *others = [frame.reduce(math.ceil(max(frame.size) / 300)) for frame in frames]
         first.save(out / "training.gif", append_images=others, save_all=True, duration=200, loop=0)
     settings = {**vars(args), "checkpoint": None, "device": None}  # these two are not kept
     state = {name: part.state_dict() for name, part in to_save.items()}

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: MIT
 """pix2pix: Isola, Zhu, Zhou and Efros, "Image-to-Image Translation with Conditional Adversarial
 Networks", 2016, arXiv 1611.07004. Here it colours grey photos, with four adversarial losses to
-compare, as in C. Fabbri, "A Comparative Study of GANs Towards Automatic Image Colorization",
-University of Minnesota, 2017.
+compare, as in C. Fabbri, "A Comparative Study of GANs Towards Automatic Image Colorization", 2017.
 
 G sees the lightness x of a photo and predicts its colours y (of CIELAB: x is L, y is a and b). A
 blue shirt and a red one can look alike in grey. The guess with the smallest error on average lies
@@ -268,7 +267,7 @@ def g_loss(loss_A, error, adversarial_weight, l1, l2):
 
 
 def clip(D, c):
-    """Alg. 1, line 7: all of D's weights to [-c, c], also BatchNorm's scales and shifts."""
+    """WGAN, Alg. 1, line 7: all of D's weights to [-c, c], also BatchNorm's scales and shifts."""
     with torch.no_grad():
         for p in D.parameters():
             p.clamp_(-c, c)
@@ -503,7 +502,7 @@ def record(args, data, to_save, rows, picture, last):
     if last:
         files = sorted(file.parent.glob("[0-9]*.png"))
         frames = [Image.open(file) for file in [*files[:-1:4], files[-1]]]  # each fourth, the last
-        first, *others = [frame.reduce(math.ceil(max(frame.size) / 600)) for frame in frames]
+        first, *others = [frame.reduce(math.ceil(max(frame.size) / 300)) for frame in frames]
         first.save(out / "training.gif", append_images=others, save_all=True, duration=200, loop=0)
     settings = {**vars(args), "checkpoint": None, "device": None}  # these two are not kept
     state = {name: part.state_dict() for name, part in to_save.items()}

@@ -180,7 +180,7 @@ def add_arguments(parser):
     parser.epilog = "All defaults are those of Espis and Potrimba (2020)."
     add = parser.add_argument
     add("--width", type=int, default=128, help="feature maps of every layer (128)")
-    return {"width": 32, "batch": 32, "lr": 2e-3, "epochs": 25}  # faces within a minute on a CPU
+    return {"width": 32, "batch": 32, "lr": 5e-4, "epochs": 25}  # faces within a minute on a CPU
 
 
 def train(args, data):
@@ -304,7 +304,7 @@ def record(args, data, to_save, rows, picture, last):
     if last:
         files = sorted(file.parent.glob("[0-9]*.png"))
         frames = [Image.open(file) for file in [*files[:-1:4], files[-1]]]  # each fourth, the last
-        first, *others = [frame.reduce(math.ceil(max(frame.size) / 600)) for frame in frames]
+        first, *others = [frame.reduce(math.ceil(max(frame.size) / 300)) for frame in frames]
         first.save(out / "training.gif", append_images=others, save_all=True, duration=200, loop=0)
     settings = {**vars(args), "checkpoint": None, "device": None}  # these two are not kept
     state = {name: part.state_dict() for name, part in to_save.items()}

@@ -1,23 +1,21 @@
 # SPDX-License-Identifier: MIT
 """WGAN: Arjovsky, Chintala and Bottou, "Wasserstein GAN", 2017, arXiv 1701.07875.
 
-D becomes a critic. It does not say how probable "real" is. It gives an image a score, any number,
-high for real ones. The gap W between its mean scores of real and of fake images measures how far
-apart the two distributions are, by the Wasserstein-1 or earth mover's distance. If they were heaps
-of earth, this would be the least work (amount times distance) that turns one into the other. It
-falls as the fakes come nearer to the data, even while D recognises every one of them. So D may be
-trained hard, and W can be watched falling while the images get better.
+D becomes a critic: it gives an image a score, any number, high for real ones. The gap W between its
+mean scores of real and of fake images measures how far apart the two distributions are, by the
+Wasserstein-1 or earth mover's distance. If they were heaps of earth, this would be the least work
+(amount times distance) that turns one into the other. It falls as the fakes come nearer to the
+data, even while D recognises every one of them. So D may be trained hard, and W watched falling.
 
     W   = max over D with slopes up to K: E[D(x)] - E[D(G(z))]    Eq. 2 and 3: K times the distance
     L_D = E[D(G(z))] - E[D(x)]                                    so that -L_D estimates W
     L_G = -E[D(G(z))]                                             Alg. 1, line 10
 
 A slope of at most K means: the scores of two images differ at most K times as much as the images
-do. Without a bound D could widen the gap just by larger scores. The bound comes from clipping all
-of D's weights to [-c, c]. Nobody knows the K of these networks, and so W is the distance up to an
-unknown factor: its trend means something, its value does not. Clipping is crude ("a clearly
-terrible way", says the paper). WGAN-GP replaced it by a penalty on D's gradient (Gulrajani et al.
-2017, arXiv 1704.00028).
+do. Without this bound D could widen the gap just by larger scores. The bound comes from clipping
+all of D's weights to [-c, c]. Nobody knows which K that makes, so W is the distance up to a factor:
+its trend means something, its value does not. Clipping is crude ("a clearly terrible way",
+says the paper). WGAN-GP penalises D's gradient instead (Gulrajani et al. 2017, arXiv 1704.00028).
 
 Changes from dcgan.py:
   - the losses: means of D's outputs, which are scores and not logits
@@ -29,14 +27,11 @@ Changes from dcgan.py:
 Differs from the paper:
   - D is clipped before its first step, too, as in the paper's code. The gradient of an unclipped D
     is up to 240 times as large, and RMSprop would remember it for a thousand steps
-  - D always makes --critic-steps steps; the paper's code makes 100 for each of G's first 25 steps,
-    and then for every 500th
-  - an epoch is counted in G's images, and D sees five times as many; the paper's code counts D's,
-    so that its 25 epochs are five of ours
+  - the paper's code makes 100 steps of D for each of G's first 25 steps and for every 500th
+  - an epoch counts G's images; the paper's code counts D's, so that its 25 epochs are five of ours
   - as in dcgan.py, batches are drawn with replacement, and images with BatchNorm's running averages
-  - C. Fabbri, "A Comparative Study of GANs Towards Automatic Image Colorization", University of
-    Minnesota, 2017, found a clip of 0.05 better (his code has 0.005). His faces are the central
-    60 % of CelebA's images, ours the central 128x128 pixels
+  - C. Fabbri, "A Comparative Study of GANs Towards Automatic Image Colorization", 2017, found a
+    clip of 0.05 better; his code has 0.005
 
     python wgan.py                                                 # cartoon faces, on a CPU
     python wgan.py --data celeba                                   # photographs of faces
@@ -69,7 +64,7 @@ from torchvision.utils import save_image
 # --- networks -------------------------------------------------------------------------------------
 
 SIZES = [16, 32, 64, 128, 256, 512, 1024]  # the networks can be built for images of these sizes
-Z = 100  # how many numbers z has (Sec. 4)
+Z = 100  # how many numbers z has (DCGAN, Sec. 4)
 
 
 def feature_maps(size, width):
@@ -130,7 +125,7 @@ class Discriminator(nn.Sequential):
 
 
 def init_weights(module):
-    """Weights from N(0, 0.02^2), Sec. 4; BatchNorm's scales from N(1, 0.02^2), its shifts 0."""
+    """As in DCGAN: weights from N(0, 0.02^2), BatchNorm's scales from N(1, 0.02^2), shifts 0."""
     if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
         nn.init.normal_(module.weight, mean=0, std=0.02)
     elif isinstance(module, nn.BatchNorm2d):
@@ -152,7 +147,7 @@ def g_loss(fake_scores):
 
 
 def clip(D, c):
-    """Alg. 1, line 7: all of D's weights to [-c, c], also BatchNorm's scales and shifts."""
+    """WGAN, Alg. 1, line 7: all of D's weights to [-c, c], also BatchNorm's scales and shifts."""
     with torch.no_grad():
         for p in D.parameters():
             p.clamp_(-c, c)
@@ -194,8 +189,7 @@ def train(args, data):
             fake = G(sample_z(args.batch))
 
             # D's step. detach() keeps its gradient out of G. Real and fake images go through D
-            # apart: in one batch BatchNorm would mix their statistics, and D could not tell them
-            # by these.
+            # apart: in one batch BatchNorm would mix their statistics.
             real_scores, fake_scores = D(real), D(fake.detach())
             loss_D = d_loss(real_scores, fake_scores)
             opt_D.zero_grad()
@@ -205,8 +199,7 @@ def train(args, data):
 
         # G's step, against the improved D. The gradient flows back through D into G; inputs= leaves
         # D's weights without one.
-        fake = G(sample_z(args.batch))
-        loss_G = g_loss(D(fake))
+        loss_G = g_loss(D(G(sample_z(args.batch))))
         opt_G.zero_grad()
         loss_G.backward(inputs=list(G.parameters()))
         opt_G.step()
@@ -297,7 +290,7 @@ def record(args, data, to_save, rows, picture, last):
     if last:
         files = sorted(file.parent.glob("[0-9]*.png"))
         frames = [Image.open(file) for file in [*files[:-1:4], files[-1]]]  # each fourth, the last
-        first, *others = [frame.reduce(math.ceil(max(frame.size) / 600)) for frame in frames]
+        first, *others = [frame.reduce(math.ceil(max(frame.size) / 300)) for frame in frames]
         first.save(out / "training.gif", append_images=others, save_all=True, duration=200, loop=0)
     settings = {**vars(args), "checkpoint": None, "device": None}  # these two are not kept
     state = {name: part.state_dict() for name, part in to_save.items()}

@@ -210,7 +210,7 @@ def test_celeba_is_found_in_any_of_its_layouts(tmp_path, faces, table):
 def test_celeba_with_a_csv_of_another_kind(tmp_path, change):
     make_celeba(tmp_path, "img_align_celeba", table := "list_attr_celeba.csv")
     rows = (tmp_path / table).read_text().splitlines()
-    (tmp_path / table).write_text("\n".join(map(change, rows)) + "\n")
+    (tmp_path / table).write_text("\n".join(map(change, rows)) + "\n", "utf-8-sig")
     assert assert_celeba(tmp_path).names == ATTRIBUTES
 
 
@@ -276,6 +276,16 @@ def test_celeba_that_grows_is_prepared_again(tmp_path):
     for number in (1, 2, 3):
         (tmp_path / "img_align_celeba" / f"{number:06}.jpg").unlink()
     assert_celeba(tmp_path, n=5)
+
+
+def test_another_table_of_celeba_is_noticed(tmp_path):
+    make_celeba(tmp_path, "img_align_celeba", "list_attr_celeba.txt")
+    first, table = assert_celeba(tmp_path), tmp_path / "list_attr_celeba.txt"
+    table.write_text(table.read_text().replace("Bald", "Male"))
+    assert dcgan.load_images("celeba", 64, tmp_path).names == ["Male", "Smiling", "Young"]
+    table.write_text(table.read_text().replace("jpg 1", "jpg -1", 1))
+    labels = dcgan.load_images("celeba", 64, tmp_path).labels
+    assert labels.sum(0).tolist() == (first.labels.sum(0) - torch.tensor([1, 0, 0])).tolist()
 
 
 def test_celeba_as_a_linked_folder_is_found(tmp_path):
@@ -483,13 +493,13 @@ def test_a_linked_class_has_the_links_own_name(tmp_path):
     assert prepared(tmp_path / "link").names == ["cat", "dog"]
 
 
-def test_links_that_run_in_a_circle_are_survived(tmp_path):
+@pytest.mark.parametrize("link, target", [("all", "."), ("cat/up", ".."), ("dog/self", ".")])
+def test_links_that_run_in_a_circle_are_survived(tmp_path, capsys, link, target):
     pictures(tmp_path / "own", "cat/1.png", "dog/1.png", "dog/2.png")
-    (tmp_path / "own" / "all").symlink_to(tmp_path / "own")
-    (tmp_path / "own" / "cat" / "up").symlink_to("..")
-    (tmp_path / "own" / "dog" / "self").symlink_to(".")
+    (tmp_path / "own" / link).symlink_to(target)
     data = prepared(tmp_path / "own")
     assert data.names == ["cat", "dog"] and data.labels.sum(0).tolist() == [1, 2]
+    assert "left out" not in capsys.readouterr().out  # as copies
 
 
 def test_a_run_inside_the_folder_is_not_read_but_a_class_with_a_checkpoint_is(tmp_path):
@@ -519,20 +529,16 @@ def test_the_cache_is_read_and_notices_added_and_removed_files(tmp_path, monkeyp
     assert not list(Path(f"{own}-root").rglob("*.pt.*"))  # nothing half-written is left
 
 
-def test_other_pixels_under_the_same_names_and_times_are_noticed(tmp_path):
-    """Archives with fixed dates, cp -p: only the sizes differ."""
-    def write(low):
+@pytest.mark.parametrize("ending, seconds", [("png", 0), ("bmp", 9)])
+def test_other_pixels_under_the_same_names_are_noticed(tmp_path, ending, seconds):
+    """By the sizes of the files (archives have fixed dates, as cp -p has), or by their times."""
+    (tmp_path / "own").mkdir()
+    for low, time in ((0, 315532800), (200, 315532800 + seconds)):
         for i in range(4):
-            path = tmp_path / "own" / f"{i}.png"
-            pictures(path.parent, path.name)
+            path = tmp_path / "own" / f"{i}.{ending}"
             Image.fromarray(rng.integers(low, 255, (30, 40, 3), np.uint8)).save(path)
-            os.utime(path, (315532800,) * 2)
-
-    write(0)
-    first = prepared(tmp_path / "own")
-    write(200)
-    second = prepared(tmp_path / "own")
-    assert first.images.float().mean() < 150 and second.images.float().mean() > 200
+            os.utime(path, (time, time))
+        assert (prepared(tmp_path / "own").images.float().mean() > 200) == (low == 200)
 
 
 def test_a_renamed_class_is_noticed(tmp_path):

@@ -191,22 +191,22 @@ def test_what_a_run_leaves(tmp_path, monkeypatch):
     assert losses == pytest.approx(np.array([list(row.values()) for row in saved]), rel=1e-6)
 
 
-def run_by_hand(tmp_path, n, **others):
-    """steps() around a network that never changes; each step notes its number -> the rows."""
-    settings = {"checkpoint": {}, "resume": False, "generate": None, "epochs": 1, "seed": 0}
-    args = Namespace(out=f"{tmp_path}/run", batch=2, steps=n, device=torch.device("cpu"),
-                     **settings)
+def run_by_hand(tmp_path, n, seed=0, **others):
+    """steps() around a network that never changes; each step notes its number and a random one."""
+    args = Namespace(out=f"{tmp_path}/run", batch=2, steps=n, device=torch.device("cpu"), seed=seed,
+                     checkpoint={}, resume=False, generate=None)
     images = torch.randint(256, (64, 1, 4, 4), dtype=torch.uint8)
     data = dcgan.Data(images, torch.zeros(64, 0, dtype=torch.uint8), [])
     G = torch.nn.BatchNorm1d(2)
 
     def draw(n):
         assert not G.training and not torch.is_grad_enabled()
-        return 2 * torch.rand(n, 1, 4, 4) - 1
+        return torch.rand(n, 1, 4, 4) - 0.5  # half as spread as the images are
 
     for i, log in enumerate(dcgan.steps(args, data, draw, {"G": G}, **others), 1):
         assert G.training and torch.is_grad_enabled()
         log["number"] = torch.tensor(float(i), requires_grad=True)
+        log["random"] = torch.rand(())
     return torch.load(f"{tmp_path}/run/checkpoint.pt")["rows"]
 
 
@@ -214,8 +214,13 @@ def test_a_row_is_the_mean_of_all_steps_since_the_last(tmp_path):
     rows = run_by_hand(tmp_path, 105, measure=lambda: {"more": 5})
     assert [row["step"] for row in rows] == [*range(2, 105, 2), 105]
     assert [row["number"] for row in rows] == [*np.arange(1.5, 105, 2), 105]
-    assert all(list(row) == ["step", "number", "spread", "more"] for row in rows)
-    assert all(row["more"] == 5 and 0.8 < row["spread"] < 1.2 for row in rows)
+    assert all(list(row) == ["step", "number", "random", "spread", "more"] for row in rows)
+    assert all(row["more"] == 5 and 0.4 < row["spread"] < 0.6 for row in rows)
+
+
+def test_each_step_and_each_seed_has_random_numbers_of_its_own(tmp_path):
+    rows = run_by_hand(tmp_path, 5) + run_by_hand(tmp_path / "other", 5, seed=1)
+    assert len({row["random"] for row in rows}) == 10
 
 
 def test_every_picture_shows_the_same_z(tmp_path):
@@ -243,9 +248,9 @@ def test_pictures_keep_their_brightness(tmp_path):
     assert picture.getpixel((5, 5)) == (64, 64, 64) and picture.size == (38, 20)
 
 
-def test_the_animation_is_at_most_600_pixels_wide(tmp_path):
+def test_the_animation_is_small(tmp_path):
     recorded(tmp_path, {"step": 9, "spread": 1.0}, torch.zeros(8, 8, 3, 128, 128), last=True)
-    assert Image.open(tmp_path / "training.gif").size == (521, 521)  # half of 1042
+    assert Image.open(tmp_path / "training.gif").size == (261, 261)  # a quarter of 1042
 
 
 def test_collapse_is_told(capsys, tmp_path):
@@ -279,6 +284,15 @@ def test_epochs_mean_epochs_times_images_by_batch_steps(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert call(dcgan, "--epochs", 0.01, *SMALL, "--out", "run") == 0
     assert torch.load("run/checkpoint.pt")["step"] == round(0.01 * 2560 / 4)
+
+
+def test_generate_draws_as_many_as_it_is_told_and_no_image_twice(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert call(dcgan, "--steps", 1, *SMALL, "--out", "run") == 0
+    assert call(dcgan, "--generate", 130, "--out", "run") == 0
+    images = sorted((tmp_path / "run" / "generated").iterdir())
+    assert [image.stem for image in images] == [f"{i:05}" for i in range(130)]
+    assert len({image.read_bytes() for image in images}) == 130
 
 
 def test_a_checkpoint_holds_a_sample_of_the_data_not_all_of_it(tmp_path, monkeypatch):
