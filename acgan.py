@@ -16,8 +16,8 @@ If every image has one label, its class, P is a softmax over the classes. Attrib
 smiling, young, ...) do not exclude each other: each has a sigmoid, and log P is the mean over them.
 
 Watch acc(x) and acc(G(z)), the second head's accuracy on real and fake images; acc(guess) is that
-of always guessing the more frequent value. If acc(G(z)) rises far above acc(x), G and D have agreed
-on a private sign for a label, which need not look like it.
+of always guessing the more frequent value. If acc(x) stays near acc(guess) while acc(G(z)) rises, G
+and D have agreed on a private sign for a label, which need not look like it.
 
 In the networks, spectral norm (arXiv 1802.05957) divides the matrix of a convolution by its largest
 singular value, the most that it stretches any vector: this bounds D's slope. Pixel norm (arXiv
@@ -29,8 +29,9 @@ Changes from sngan.py:
   - G(z, y): the labels are put behind z. D has a second head on the same features, and no dropout
   - the losses of that head, weighted by --aux
   - pictures: one z per row. Of classes there is one per column. Of attributes, a row begins with
-    the labels of a real image, and each further column turns one of them round. --attributes A,B
-    chooses the columns; with --generate N, labels.png shows them for N rows
+    the labels of a real image, and each further column turns one of them round, beyond 0 and 1, as
+    egan.py does with c. --attributes A,B chooses the columns; with --generate N, labels.png shows
+    them for N rows
 
 Differs from the papers:
   - the paper has BatchNorm, and a G and a D for each 10 of ImageNet's classes
@@ -43,8 +44,11 @@ Differs from the papers:
     channels). That its D was therefore stronger than a correct copy's is inferred, not measured
   - the report prints a softmax over the 40 attributes. It sums to 1, and can say at most 1/k to
     each of k attributes of a face. The report's code has sigmoids
+  - --aux is 10: a mean over 40 attributes leaves little to each. With 1, no attribute of a
+    photograph could be turned round alone
   - a fake's labels are those of a random real image. The report's code flips 40 coins: this makes
-    20 attributes, where a face has about 9, and contradictions (bald with wavy hair)
+    20 attributes, where a face has about 9, and contradictions (bald with wavy hair). So hair and
+    smiles obey alone, but "Male" only along with what usually goes with it
   - D makes one step on 64 real and 64 fake images; in the report's code two, on 32 of each
   - batches are drawn with replacement; the report's epochs go through all images once
 
@@ -219,7 +223,7 @@ def add_arguments(parser):
     add("--width", type=int, default=128, help="feature maps of every layer (128)")
     add("--aux", type=float, default=10, help="weight of the labels' losses (10; the papers' is 1)")
     add("--attributes", metavar="A,B", help="labels that the pictures show, one per column")
-    return {"batch": 16, "epochs": 25, "width": 48, "lr": 1e-3, "aux": 3}  # minutes on a CPU
+    return {"batch": 16, "epochs": 25, "width": 48, "lr": 1e-3}  # minutes on a CPU
 
 
 def train(args, data):
@@ -303,8 +307,8 @@ def label_grid(G, z, data, columns=None):
     """A picture of what the labels do: (rows, columns, C, size, size), with one z per row.
 
     Classes: one per column. Attributes: the labels of real images in the first column; in each
-    further one, an attribute is turned round. By default these are the eight with a frequency
-    closest to 1/2: G learns little about rare ones.
+    further one, an attribute is turned round, strongly, so that it shows. By default these are the
+    eight with a frequency closest to 1/2: G learns little about rare ones.
     """
     classes = len(data.names)
     if (data.labels.sum(1) == 1).all():
@@ -314,7 +318,7 @@ def label_grid(G, z, data, columns=None):
         columns = columns or sorted((frequency - 0.5).abs().argsort()[:8].tolist())
         y = sample_labels(data, len(z), z.device)[:, None].repeat(1, 1 + len(columns), 1)
         for column, label in enumerate(columns, 1):
-            y[:, column, label] = 1 - y[:, column, label]
+            y[:, column, label] = 2 - 3 * y[:, column, label]  # 1 becomes -1, 0 becomes 2
     z = z.repeat_interleave(y.shape[1], dim=0)
     return G(z, y.flatten(0, 1).to(z.device)).unflatten(0, y.shape[:2])
 

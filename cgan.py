@@ -215,8 +215,8 @@ def label_grid(G, z, data, columns=None):
     """A picture of what the labels do: (rows, columns, C, size, size), with one z per row.
 
     Classes: one per column. Attributes: the labels of real images in the first column; in each
-    further one, an attribute is turned round. By default these are the eight with a frequency
-    closest to 1/2: G learns little about rare ones.
+    further one, an attribute is turned round, strongly, so that it shows. By default these are the
+    eight with a frequency closest to 1/2: G learns little about rare ones.
     """
     classes = len(data.names)
     if (data.labels.sum(1) == 1).all():
@@ -226,7 +226,7 @@ def label_grid(G, z, data, columns=None):
         columns = columns or sorted((frequency - 0.5).abs().argsort()[:8].tolist())
         y = sample_labels(data, len(z), z.device)[:, None].repeat(1, 1 + len(columns), 1)
         for column, label in enumerate(columns, 1):
-            y[:, column, label] = 1 - y[:, column, label]
+            y[:, column, label] = 2 - 3 * y[:, column, label]  # 1 becomes -1, 0 becomes 2
     z = z.repeat_interleave(y.shape[1], dim=0)
     return G(z, y.flatten(0, 1).to(z.device)).unflatten(0, y.shape[:2])
 

@@ -24,7 +24,7 @@ hair shortens, beards grow, the face stays. Above 1, c was never in training.
 
 Changes from dcgan.py:
   - the input w, with z uniform in [-1, 1]; l_rep in L_G; two steps of G for each step of D
-  - --attribute chooses what c controls. A label's CNN learns before G and D do, for as many steps
+  - --attribute chooses what c controls. A label's CNN learns before G and D do, as long as they
     (--extractor pretrain), or step by step along with them (joint)
   - pictures: each row has its own z, and from left to right c rises from 0 to --sweep
   - losses.csv has the mean of c_hat at c = 0, 1 and --sweep, and for a CNN acc(extractor), the
@@ -244,7 +244,7 @@ def build_extractor(args, data):
 
 
 def pretrain(args, data, extractor, opt_extractor):
-    """Train the CNN alone, for as many steps as G and D make afterwards."""
+    """Train the CNN alone, for as many --epochs or --steps as G and D afterwards."""
     total = args.steps or max(1, round(args.epochs * len(data.images) / args.batch / RANKS))
     torch.manual_seed(hash((args.seed, 0, RANK)))  # each process draws images of its own
     for step in range(1, total + 1):

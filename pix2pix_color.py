@@ -17,8 +17,9 @@ between them: brown. D sees x and y together, learns that brown shirts are rare,
 
 --adversarial chooses L_D and the adversarial loss L_A; --adversarial-weight is w. The larger w is,
 the more colour there is, and the more error: a bold guess is further from the truth, on average,
-than a pale one. The losses differ in scale: w = 1 suited gan on photographs (CIFAR-10), 3 lsgan,
-100 ebgan and WGANW wgan. With w = 1, ebgan and wgan are hardly more than the distances l1 and l2.
+than a pale one. The losses differ in scale: on photographs (CIFAR-10), G's gradient of w * L_A was
+a quarter to a half of that of 100 * E[|y - y'|] with w = 1 for gan, 3 for lsgan, 40 for wgan, 100
+for ebgan. With w = 1, wgan and ebgan add almost nothing to the distances.
 
 Changes from dcgan.py:
   - G is a U-Net, from image to image: on the way up, every layer also sees the maps of its size
