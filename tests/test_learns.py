@@ -12,7 +12,7 @@ FLAGS = {
     "dcgan": ["--width", 16, "--lr", 1e-3],
     "gan_mlp": ["--lr", 1e-3],
     "lsgan": ["--width", 16, "--lr", 1e-3],
-    "wgan": ["--width", 16, "--lr", 3e-4, "--critic", 2],
+    "wgan": ["--width", 16, "--lr", 3e-4, "--critic-steps", 2],
     "ebgan": ["--width", 16, "--lr", 1e-3],
     "sngan": ["--width", 16, "--lr", 2e-3],
     "egan": ["--width", 16, "--lr", 1e-3, "--rep", 1],
