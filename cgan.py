@@ -21,7 +21,7 @@ Changes from dcgan.py:
     LeakyReLU in both; in D no BatchNorm, but biases and dropout 0.3; PyTorch's initial weights
   - the fakes of a step get the labels of its real images, so labels are as frequent as in the data
   - pictures: one z per row. Of classes there is one per column. Of attributes, a row begins with
-    the labels of a real image, and each further column turns one of them round
+    the labels of a real image, and each further column turns one round, beyond 0 and 1
   - learning rate 5e-4, batches of 256, 150 epochs; sizes up to 64; no --width and no --g-steps
   - --no-labels leaves labels and their maps out, which is Marchiori's unconditional GAN. The same
     happens if the data has none; the run then begins with "labels: none"

@@ -12,8 +12,8 @@ from conftest import EVALUATOR, HERE, SCRIPTS, load
 LINE = "# --- the same in every script from here on"
 OWN = {"Generator", "Discriminator", "d_loss", "g_loss", "add_arguments", "train", "SIZES", "Z"}
 BUDGET = {  # lines of a file
-    "gan_mlp": 560, "dcgan": 605, "lsgan": 600, "wgan": 600, "ebgan": 625, "sngan": 625,
-    "cgan": 625, "acgan": 685, "egan": 765, "pix2pix_color": 825, "fid": 740,
+    "gan_mlp": 565, "dcgan": 600, "lsgan": 600, "wgan": 610, "ebgan": 625, "sngan": 625,
+    "cgan": 635, "acgan": 735, "egan": 765, "pix2pix_color": 825, "fid": 740,
 }
 README = (HERE / "README.md").read_text()
 
@@ -146,7 +146,7 @@ def test_the_commands_of_the_readme_work_one_after_the_other(monkeypatch, tmp_pa
 
 def test_the_files_that_the_readme_names_exist():
     named = re.findall(r"(?:tests|\.github)/[\w/]+\.\w+|\b\w+\.py\b", README)
-    assert len(set(named)) > 20
+    assert len(set(named)) > 15
     assert not [name for name in named if not (HERE / name).exists()
                 and not list((HERE / "tests").rglob(name))]
 
