@@ -13,7 +13,7 @@ LINE = "# --- the same in every script from here on"
 OWN = {"Generator", "Discriminator", "d_loss", "g_loss", "add_arguments", "train", "SIZES", "Z"}
 BUDGET = {  # lines of a file
     "gan_mlp": 565, "dcgan": 600, "lsgan": 600, "wgan": 610, "ebgan": 625, "sngan": 625,
-    "cgan": 635, "acgan": 735, "egan": 765, "pix2pix_color": 825, "fid": 740,
+    "cgan": 635, "acgan": 735, "egan": 765, "pix2pix_color": 825, "fid": 745,
 }
 README = (HERE / "README.md").read_text()
 
