@@ -333,8 +333,7 @@ def sample_batch(data, n, device):
 def load_images(name, size, root="data", split="train"):
     """A data set by name (its split "train" or "test"), or a folder -> Data of size x size pixels.
 
-    The order is random, but always the same. The result is kept in root/prepared, in a file that
-    is read without filling the memory.
+    In random order, always the same. Kept in root/prepared, and read without filling the memory.
     """
     items, open_item, labels, names = find_images(name, size, Path(root), split)
     facts = [(os.path.getsize(x), os.path.getmtime(x)) for x in items if isinstance(x, str)]
@@ -415,9 +414,8 @@ def find_celeba(root, split):
     images = {int(path.stem): str(path) for path in paths
               if "img_align_celeba" in path.parts and path.stem.isdecimal()}
     if not images:
-        user_error(f"no folder img_align_celeba with images below {root}. It and "
-                   "list_attr_celeba.txt are at https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html "
-                   "and on Kaggle")
+        user_error(f"no img_align_celeba with images below {root}. It and list_attr_celeba.txt are "
+                   "at https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html and on Kaggle")
     tables = [p for p in paths if p.name in ("list_attr_celeba.txt", "list_attr_celeba.csv")]
     text = tables[-1].read_text("utf-8-sig") if tables else ""
     # A row is "000001.jpg -1 1 ...", or that with commas. The longest line above has the names.
@@ -584,6 +582,8 @@ def main(argv=None):
         data = Data(*args.checkpoint["data"]) if args.generate else get_data(args)
         torch.manual_seed(args.seed)  # the same first weights in all processes
         train(args, data)
+        if RANKS > 1:
+            distributed.destroy_process_group()  # without it, a process may crash as it ends
     except OSError as error:
         user_error(error)
     except KeyboardInterrupt:

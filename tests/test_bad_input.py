@@ -43,7 +43,7 @@ TABLE = [
     ("--data words", "words: "),
     ("--data broken", "broken: "),
     ("--data pets", "the labels are one folder deeper; give pets/train"),
-    ("--data celeba --root empty", "no folder img_align_celeba with images below empty"),
+    ("--data celeba --root empty", "no img_align_celeba with images below empty"),
     ("--size 33", "argument --size: invalid choice"),
     ("--size 8", "argument --size: invalid choice"),
     ("--size big", "argument --size: invalid int value"),

@@ -635,7 +635,7 @@ TABLE = [
     ("good right.npz --quality-index", "right.npz: the quality index needs images"),
     ("good --quality-index", "FAKE is missing"),
     ("good empty --quality-index", "empty: no image"),
-    ("celeba good --root empty", "no folder img_align_celeba with images below empty"),
+    ("celeba good --root empty", "no img_align_celeba with images below empty"),
 ]
 
 
