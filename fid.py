@@ -598,8 +598,8 @@ def prepare_images(name, size, items, open_item, labels, names, file):
         print(f"left out: {copies} copies, {len(broken)} unreadable files", *broken[:1], sep=": ")
     if several and name not in SETS:
         print(f"{several} images are in more than one sub-folder")
-    if not kept:
-        user_error(f"--data {name}: there is no image that can be read")
+    if len(kept) < 2:
+        user_error(f"--data {name}: no image that can be read, or only one")
     images = np.memmap(file, np.uint8, "r+", shape=(len(kept), 3, size, size))
     images = np.ascontiguousarray(images[:, :1] if grey else images)
     used = np.flatnonzero(labels[kept].any(0))  # without labels that no image has

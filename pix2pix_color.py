@@ -278,7 +278,7 @@ def clip(D, c):
 
 
 def add_arguments(parser):
-    """This paper's defaults and its own flags. Returns the other defaults for the cartoon faces."""
+    """This paper's defaults and its own flags. Returns the defaults that differ on cartoon."""
     parser.set_defaults(size=128, batch=16, epochs=8)
     parser.epilog = ("--lr is 2e-4, with wgan 5e-5. These, --clip, --critic-steps, --l1 and (for "
                      "gan) --adversarial-weight are the papers'; --epochs is Fabbri's.")
@@ -325,8 +325,7 @@ def train(args, data):
             fake = G(x)
 
             # D's step. detach() keeps its gradient out of G. Real and fake images go through D
-            # apart: in one batch BatchNorm would mix their statistics, and D could not tell them
-            # by these.
+            # apart: in one batch, BatchNorm would average over both and hide how they differ.
             d_real, d_fake = D(x, y), D(x, fake.detach())
             loss_D = d_loss(d_real, d_fake, args.adversarial, args.margin)
             opt_D.zero_grad()
@@ -335,15 +334,15 @@ def train(args, data):
             if wgan:
                 clip(D, args.clip)
 
-        # G's step, against the improved D. The gradient flows back through D into G; inputs= says
-        # that only G's weights collect it.
+        # G's step, against the improved D. The gradient flows back through D into G; inputs= leaves
+        # D's weights without one.
         loss_A = adversarial_loss(D(x, fake), args.adversarial)
         loss_G = g_loss(loss_A, fake - y, args.adversarial_weight, args.l1, args.l2)
         opt_G.zero_grad()
         loss_G.backward(inputs=list(G.parameters()))
         opt_G.step()
 
-        # Tensors, not floats: .item() would make the GPU wait here in every step.
+        # Tensors, not floats: .item() would make Python wait for the GPU in every step.
         log.update({"loss_D": loss_D, "loss_G": loss_G,
                     "D(y)": d_real.mean(), "D(G(x))": d_fake.mean()})
 
@@ -426,7 +425,7 @@ def colour_photo(photo, G, size, device):
 
 SCRIPT = Path(__file__).stem
 TORCHRUN = os.environ if "TORCHELASTIC_RUN_ID" in os.environ else {}
-RANK, RANKS = int(TORCHRUN.get("RANK", 0)), int(TORCHRUN.get("WORLD_SIZE", 1))  # of how many
+RANK, RANKS = int(TORCHRUN.get("RANK", 0)), int(TORCHRUN.get("WORLD_SIZE", 1))  # which of these
 
 
 def user_error(message):
@@ -483,9 +482,9 @@ def steps(args, data, draw, to_save, grid=None, measure=lambda: {}):
 def record(args, data, to_save, rows, picture, last):
     """Write losses.csv, curves.png, a picture, the checkpoint and, at the end, training.gif."""
     out, row, names = Path(args.out), rows[-1], list(rows[-1])
-    collapsed = row["step"] >= 500 and row["spread"] < 0.1
+    collapsed = [r for r in rows if r["step"] >= 500 and r["spread"] < 0.1]
     print("  ".join(f"{name} {row[name]:.3g}" for name in names[1:]),
-          " MODE COLLAPSE: all images look alike" if collapsed else "", flush=True)
+          " MODE COLLAPSE: all images look alike" if collapsed[:1] == [row] else "", flush=True)
     table = np.array([list(row.values()) for row in rows])
     if not np.isfinite(table).all():
         user_error("a number is not finite; a smaller --lr may help")
@@ -605,8 +604,8 @@ def prepare_images(name, size, items, open_item, labels, names, file):
         print(f"left out: {copies} copies, {len(broken)} unreadable files", *broken[:1], sep=": ")
     if several and name not in SETS:
         print(f"{several} images are in more than one sub-folder")
-    if not kept:
-        user_error(f"--data {name}: there is no image that can be read")
+    if len(kept) < 2:
+        user_error(f"--data {name}: no image that can be read, or only one")
     images = np.memmap(file, np.uint8, "r+", shape=(len(kept), 3, size, size))
     images = np.ascontiguousarray(images[:, :1] if grey else images)
     used = np.flatnonzero(labels[kept].any(0))  # without labels that no image has

@@ -189,7 +189,7 @@ def train(args, data):
             fake = G(sample_z(args.batch))
 
             # D's step. detach() keeps its gradient out of G. Real and fake images go through D
-            # apart: in one batch BatchNorm would mix their statistics.
+            # apart: in one batch, BatchNorm would average over both and hide how they differ.
             real_scores, fake_scores = D(real), D(fake.detach())
             loss_D = d_loss(real_scores, fake_scores)
             opt_D.zero_grad()
@@ -213,7 +213,7 @@ def train(args, data):
 
 SCRIPT = Path(__file__).stem
 TORCHRUN = os.environ if "TORCHELASTIC_RUN_ID" in os.environ else {}
-RANK, RANKS = int(TORCHRUN.get("RANK", 0)), int(TORCHRUN.get("WORLD_SIZE", 1))  # of how many
+RANK, RANKS = int(TORCHRUN.get("RANK", 0)), int(TORCHRUN.get("WORLD_SIZE", 1))  # which of these
 
 
 def user_error(message):
@@ -270,9 +270,9 @@ def steps(args, data, draw, to_save, grid=None, measure=lambda: {}):
 def record(args, data, to_save, rows, picture, last):
     """Write losses.csv, curves.png, a picture, the checkpoint and, at the end, training.gif."""
     out, row, names = Path(args.out), rows[-1], list(rows[-1])
-    collapsed = row["step"] >= 500 and row["spread"] < 0.1
+    collapsed = [r for r in rows if r["step"] >= 500 and r["spread"] < 0.1]
     print("  ".join(f"{name} {row[name]:.3g}" for name in names[1:]),
-          " MODE COLLAPSE: all images look alike" if collapsed else "", flush=True)
+          " MODE COLLAPSE: all images look alike" if collapsed[:1] == [row] else "", flush=True)
     table = np.array([list(row.values()) for row in rows])
     if not np.isfinite(table).all():
         user_error("a number is not finite; a smaller --lr may help")
@@ -392,8 +392,8 @@ def prepare_images(name, size, items, open_item, labels, names, file):
         print(f"left out: {copies} copies, {len(broken)} unreadable files", *broken[:1], sep=": ")
     if several and name not in SETS:
         print(f"{several} images are in more than one sub-folder")
-    if not kept:
-        user_error(f"--data {name}: there is no image that can be read")
+    if len(kept) < 2:
+        user_error(f"--data {name}: no image that can be read, or only one")
     images = np.memmap(file, np.uint8, "r+", shape=(len(kept), 3, size, size))
     images = np.ascontiguousarray(images[:, :1] if grey else images)
     used = np.flatnonzero(labels[kept].any(0))  # without labels that no image has

@@ -334,10 +334,10 @@ def test_a_file_that_no_decoder_knows_is_counted_with_the_reason(tmp_path, capsy
 
 
 def test_hidden_files_and_dangling_links_are_not_read(tmp_path, capsys):
-    pictures(tmp_path / "own", "cat/1.png", "cat/.2.png", ".thumbs/1.png")
+    pictures(tmp_path / "own", "cat/1.png", "cat/3.png", "cat/.2.png", ".thumbs/1.png")
     (tmp_path / "own" / "cat" / "gone.png").symlink_to("nowhere.png")
     data = prepared(tmp_path / "own")
-    assert data.names == ["cat"] and len(data.images) == 1
+    assert data.names == ["cat"] and len(data.images) == 2
     assert "left out" not in capsys.readouterr().out
 
 
@@ -549,8 +549,9 @@ def test_a_renamed_class_is_noticed(tmp_path):
 
 
 def test_two_folders_of_one_name_do_not_mix(tmp_path):
-    pictures(tmp_path, "a/train/1.png", "a/train/2.png", "b/train/1.png")
-    for parent, n in [("a", 2), ("b", 1), ("a", 2)]:
+    pictures(tmp_path, "a/train/1.png", "a/train/2.png", "b/train/1.png", "b/train/2.png",
+             "b/train/3.png")
+    for parent, n in [("a", 2), ("b", 3), ("a", 2)]:
         folder = f"{tmp_path}/{parent}/train/"
         assert len(dcgan.load_images(folder, 16, tmp_path / "root").images) == n
 

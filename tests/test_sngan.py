@@ -143,3 +143,18 @@ def test_real_and_fake_images_are_judged_apart(monkeypatch):
     assert torch.equal(second, fake) and torch.equal(third, fake)
     pixels = {tuple(x.flatten().tolist()) for x in data.images / 127.5 - 1}
     assert {tuple(x.flatten().tolist()) for x in first} <= pixels
+
+
+@pytest.mark.parametrize("name", ["sngan", "acgan"])
+def test_the_gain_keeps_the_features_of_d_alive(name):
+    """Spectral norm and LeakyReLU alone leave a sixth of them after five layers, and D dies."""
+    module = load(HERE / f"{name}.py")
+    torch.manual_seed(0)
+    layers = (module.Discriminator(3, 64, 32) if name == "sngan"
+              else module.Discriminator(3, 64, 32, 5).features)
+    x, sizes = torch.rand(8, 3, 64, 64) * 2 - 1, []
+    for layer in layers:
+        x = layer(x)
+        if isinstance(layer, nn.LeakyReLU):
+            sizes.append(x.square().mean().sqrt().item())
+    assert len(sizes) == 5 and sizes[-1] > sizes[0] / 2
