@@ -1,7 +1,7 @@
 """How fast a script is: its bare steps, a whole run, and the same steps fed and read the usual way.
 
-    python tests/measure/benchmark.py dcgan
-    python tests/measure/benchmark.py dcgan --size 64 --batch 64
+    python tests/measure/benchmark.py dcgan --data celeba
+    python tests/measure/benchmark.py gan_mlp --data my_images --size 32
     python tests/measure/benchmark.py wgan --processes 2
 
 Not collected by pytest. Further flags go to the script. Three things make the same training steps,
@@ -9,8 +9,11 @@ in one process, in turn, so that what else the machine does hits them alike:
 
     step     the steps alone
     run      with a row, a picture, the curves and a checkpoint after every 1 % of them
-    loader   the steps alone, but images come from PNG files by a DataLoader with two workers, and
-             every step prints its losses, as in pytorch/examples' dcgan. (pix2pix_color has none.)
+    loader   the steps alone, but images come from the data set's own files by a DataLoader with two
+             workers, and every step prints its losses, as in pytorch/examples' dcgan
+
+Before that it times how fast images alone arrive: by that DataLoader, and by sample_batch().
+(pix2pix_color has no loader.)
 
 A run here is 100 steps, so that every step of it is also recorded: the table says what that costs,
 and what part of a default run it is. --processes N trains by torchrun with 1 and with N processes.
@@ -28,29 +31,26 @@ import time
 from pathlib import Path
 
 import torch
-import torchvision
-from PIL import Image
+from torchvision import transforms
 
 HERE = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(HERE))
 
 
 class Files(torch.utils.data.Dataset):
-    """PNG files, decoded one by one, as a DataLoader wants them."""
+    """The data set's own files, each decoded, cut and scaled as in pytorch/examples' dcgan."""
 
-    def __init__(self, data, folder):
-        self.labels, self.files = data.labels.cpu(), []
-        for i, image in enumerate(data.images[:2000]):
-            self.files.append(folder / f"{i}.png")
-            pixels = image.permute(1, 2, 0).squeeze(2).cpu().numpy()
-            Image.fromarray(pixels).save(self.files[-1])
+    def __init__(self, found, size):
+        self.items, self.open_item, self.labels, _ = found
+        self.scale = transforms.Compose([
+            transforms.Resize(size), transforms.CenterCrop(size), transforms.ToTensor(),
+            transforms.Normalize((0.5,) * 3, (0.5,) * 3)])
 
     def __len__(self):
-        return len(self.files)
+        return len(self.items)
 
     def __getitem__(self, i):
-        pixels = torchvision.transforms.functional.to_tensor(Image.open(self.files[i]))
-        return 2 * pixels - 1, self.labels[i].float()
+        return self.scale(self.open_item(self.items[i])), self.labels[i].astype("float32")
 
 
 def forever(loader):
@@ -63,9 +63,9 @@ def compare(name, flags, rounds, folder):
     args = module.parse_arguments([*flags, "--out", str(folder / "run"), "--steps", "100"])
     data, speeds = module.get_data(args), {"step": [], "run": [], "loader": []}
     steps, sample_batch, screen = module.steps, module.sample_batch, sys.stdout
+    files = Files(module.find_images(args.data, args.size, Path(args.root), "train"), args.size)
     loader = torch.utils.data.DataLoader(
-        Files(data, folder), args.batch, shuffle=True, num_workers=2, drop_last=True,
-        persistent_workers=True)
+        files, args.batch, shuffle=True, num_workers=2, drop_last=True, persistent_workers=True)
     batches, quiet = forever(loader), open(os.devnull, "w")
 
     def now():
@@ -102,6 +102,15 @@ def compare(name, flags, rounds, folder):
                 yield from timed("loader", usual())
                 module.sample_batch = sample_batch
 
+    if name != "pix2pix_color":
+        alone = {"the DataLoader": lambda: next(batches)[0].to(args.device),
+                 "sample_batch()": lambda: sample_batch(data, args.batch, args.device)}
+        for what, read in alone.items():
+            read()  # workers are there
+            start = now()
+            for _ in range(50):
+                read()
+            print(f"images alone, by {what}: {50 * args.batch / (now() - start):.0f} a second")
     module.steps = in_turn
     torch.manual_seed(args.seed)
     module.train(args, data)
