@@ -3,21 +3,21 @@
 2016, arXiv 1610.09585. The networks are those of Espis and Potrimba, "Deep Learning Project",
 University of Bologna, 2020.
 
-G is told by labels y what to draw. D gets a second head, an auxiliary classifier: it reads the
-labels off the image, real or fake. Both networks want this head to be right, so G draws what can
-be recognised as what it was asked for.
+G is told by labels y what to draw. D gets a second head, an auxiliary classifier: it learns to read
+the labels off real images. G wants it to read y' off a fake that was asked for by y', so G draws
+what can be recognised as what it was told.
 
     L_S = E[log D(x)] + E[log(1 - D(G(z, y')))]                 Eq. 2, the source
     L_C = E[log P(y|x)] + E[log P(y'|G(z, y'))]                 Eq. 3, the labels
-    L_D = -L_S - aux L_C                                        D maximises L_S + L_C
+    L_D = -L_S - aux E[log P(y|x)]                              D learns the labels of real images
     L_G = -E[log D(G(z, y'))] - aux E[log P(y'|G(z, y'))]       non-saturating, as in dcgan.py
 
 If every image has one label, its class, P is a softmax over the classes. Attributes (CelebA has 40:
 smiling, young, ...) do not exclude each other: each has a sigmoid, and log P is the mean over them.
 
 Watch acc(x) and acc(G(z)), the second head's accuracy on real and fake images; acc(guess) is that
-of always guessing the more frequent value. If acc(x) stays near acc(guess) while acc(G(z)) rises, G
-and D have agreed on a private sign for a label, which need not look like it.
+of always guessing the more frequent value. As long as acc(x) is near acc(guess), the head has
+learned nothing that could teach G.
 
 In the networks, spectral norm (arXiv 1802.05957) divides the matrix of a convolution by its largest
 singular value, the most that it stretches any vector: this bounds D's slope. Pixel norm (arXiv
@@ -30,25 +30,22 @@ Changes from sngan.py:
   - the losses of that head, weighted by --aux
   - pictures: one z per row. Of classes there is one per column. Of attributes, a row begins with
     the labels of a real image, and each further column turns one of them round, beyond 0 and 1, as
-    egan.py does with c. --attributes A,B chooses the columns; with --generate N, labels.png shows
-    them for N rows
+    egan.py does with c. --attributes A,B chooses them; --generate N also draws N rows, labels.png
 
 Differs from the papers:
   - the paper has BatchNorm, and a G and a D for each 10 of ImageNet's classes
-  - D's features are doubled behind each LeakyReLU (GAIN), and D has one convolution more than the
-    report's. Spectral norm and LeakyReLU about halve typical features at every layer: without a
-    gain D's logits were nearly 0, and G drew no faces. (He et al. 2015 would have 1.4.) D's slope
-    stays bounded: the bound is GAIN to the power of the number of layers, times what it was
-  - the report's code reshapes the kernel without transposing it. Its sigma is then that of another
-    matrix, which need not bound D: 1.235 where the right one is 1.000 (orthogonal start, 128
-    channels). That its D was therefore stronger than a correct copy's is inferred, not measured
+  - as in sngan.py, D's features are doubled behind each LeakyReLU (GAIN): without that, D died, and
+    G drew no faces. The report's code has another spectral norm, and one convolution less in D
   - the report prints a softmax over the 40 attributes. It sums to 1, and can say at most 1/k to
     each of k attributes of a face. The report's code has sigmoids
+  - in the paper D learns the labels y' of fakes, too, whatever G drew for them, so that G and D may
+    agree on a private sign for a label. With it, photographs came out less clear at 64 px (at 32 px
+    no difference was seen)
   - --aux is 10: a mean over 40 attributes leaves little to each. With 1, no attribute of a
     photograph could be turned round alone
-  - a fake's labels are those of a random real image. The report's code flips 40 coins: this makes
-    20 attributes, where a face has about 9, and contradictions (bald with wavy hair). So hair and
-    smiles obey alone, but "Male" only along with what usually goes with it
+  - a fake's attributes are drawn independently of each other, each as often as the data has it. The
+    report's code flips 40 fair coins, which makes 20 attributes, where a face has about 9. When y'
+    was that of a random real image, G learned "Male" only along with no lipstick and a beard
   - D makes one step on 64 real and 64 fake images; in the report's code two, on 32 of each
   - batches are drawn with replacement; the report's epochs go through all images once
 
@@ -251,16 +248,15 @@ def train(args, data):
     to_save = {"G": G, "D": D, "opt_G": opt_G, "opt_D": opt_D}
     for log in steps(args, data, draw, to_save, grid, lambda: {"acc(guess)": float(guess)}):
         real, y = sample_batch(data, args.batch, args.device)
-        fake_y = sample_labels(data, args.batch, args.device)
+        fake_y = fake_labels(data, args.batch, args.device, one_hot)
         fake = G(sample_z(args.batch), fake_y)
 
         # D's step. detach() keeps its gradient out of G. Real and fake images go through D apart:
         # in one batch, MinibatchStddev would measure both and hide from D how they differ.
         real_logits, real_label_logits = D(real)
         fake_logits, fake_label_logits = D(fake.detach())
-        loss_labels = (label_loss(real_label_logits, y, one_hot)
-                       + label_loss(fake_label_logits, fake_y, one_hot))
-        loss_D = d_loss(real_logits, fake_logits) + args.aux * loss_labels
+        loss_D = d_loss(real_logits, fake_logits)
+        loss_D = loss_D + args.aux * label_loss(real_label_logits, y, one_hot)
         opt_D.zero_grad()
         loss_D.backward()
         opt_D.step()
@@ -295,6 +291,14 @@ def chosen_labels(args, names):
         if name not in names:
             user_error(f"--attributes {name}: there are {', '.join(names)}")
     return [names.index(name) for name in chosen]
+
+
+def fake_labels(data, n, device, one_hot):
+    """Labels (n, K) for fakes: random classes, or attributes that are independent of each other."""
+    if one_hot:
+        return sample_labels(data, n, device)
+    i = torch.randint(len(data.labels), (n, len(data.names)), device=data.labels.device)
+    return data.labels.gather(0, i).to(device).float()  # each attribute is that of another image
 
 
 def sample_labels(data, n, device):

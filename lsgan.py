@@ -17,6 +17,9 @@ differs from the data's, the Pearson chi^2 divergence (Sec. 3.2). Everything els
 
 Changes from dcgan.py:
   - the losses: squares of D's outputs, which are scores and not logits
+  - D's last weights begin ten times smaller, so that scores begin near 0. At 64 px dcgan.py's made
+    them begin at -1 to 3. They then jumped from one side of G's target to the other, so that G was
+    told to go now up and now down, and it drew noise for 400 to 3,000 steps
   - --labels sets a, b and c; no --g-steps
   - D(x) and D(G(z)) in losses.csv are mean scores, not probabilities
 
@@ -162,6 +165,7 @@ def train(args, data):
     to_device = {"device": args.device, "memory_format": torch.channels_last}  # faster convolutions
     G = Generator(channels, args.size, args.width).apply(init_weights).to(**to_device)
     D = Discriminator(channels, args.size, args.width).apply(init_weights).to(**to_device)
+    nn.init.normal_(D[-2].weight, mean=0, std=0.002)  # so that scores begin near 0
     opt_G = torch.optim.Adam(G.parameters(), lr=args.lr, betas=(0.5, 0.999))
     opt_D = torch.optim.Adam(D.parameters(), lr=args.lr, betas=(0.5, 0.999))
 

@@ -79,12 +79,12 @@ def test_aux_weighs_the_labels(monkeypatch):
         assert (run.to_save["D"].labels.weight.grad.abs().max() > 0) == (aux > 0)
     for name in ("loss_D", "loss_G"):
         by_one = losses[1][name] - losses[0][name]
-        assert by_one > 0.3 * (2 if name == "loss_D" else 1)
+        assert by_one > 0.3
         assert losses[3][name] - losses[0][name] == pytest.approx(3 * by_one, rel=1e-3)
 
 
 def test_each_image_is_judged_by_its_own_label(monkeypatch):
-    """The labels compared with D's on fakes are those that G got; on reals, those of the data."""
+    """D learns the labels of real images alone; G is compared with the labels that it was given."""
     data, given, compared = cartoons(acgan, 16, 16), [], []
     label_loss = acgan.label_loss
     monkeypatch.setattr(acgan, "label_loss", lambda logits, y, one_hot: (
@@ -95,11 +95,24 @@ def test_each_image_is_judged_by_its_own_label(monkeypatch):
             run.to_save["G"].register_forward_hook(lambda net, z_y, made: given.append(z_y[1]))
 
     run_train(acgan, monkeypatch, TINY, data, watch=watch)
-    (drawn_for,), (real, fake, fake_again) = given, compared
-    assert torch.equal(fake, drawn_for) and torch.equal(fake_again, drawn_for)
-    assert not torch.equal(real, drawn_for)
+    (drawn_for,), (real, fake) = given, compared
+    assert torch.equal(fake, drawn_for) and not torch.equal(real, drawn_for)
     rows = {tuple(row.tolist()) for row in data.labels}
-    assert {tuple(row.int().tolist()) for row in drawn_for} <= rows
+    assert {tuple(row.int().tolist()) for row in real} <= rows
+
+
+def test_a_fakes_attributes_are_as_frequent_as_the_datas_and_independent():
+    data = with_labels([[1, 1, 0]] * 2 + [[0, 0, 1]] * 6, "abc")
+    y = acgan.fake_labels(data, 4000, "cpu", one_hot=False)
+    assert y.mean(0).tolist() == pytest.approx([0.25, 0.25, 0.75], abs=0.03)
+    assert (y[:, 0] * y[:, 1]).mean() == pytest.approx(0.25 ** 2, abs=0.02)
+    assert (y[:, 0] * y[:, 2]).mean() == pytest.approx(0.25 * 0.75, abs=0.03)
+
+
+def test_a_fakes_class_is_one_class_and_as_frequent_as_the_datas():
+    data = with_labels([[1, 0]] * 2 + [[0, 1]] * 6, "ab")
+    y = acgan.fake_labels(data, 4000, "cpu", one_hot=True)
+    assert (y.sum(1) == 1).all() and y.mean(0).tolist() == pytest.approx([0.25, 0.75], abs=0.03)
 
 
 def with_labels(labels, names):

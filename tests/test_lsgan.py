@@ -53,6 +53,14 @@ def test_scores_are_not_squashed():
     assert scores.min() < -1 and scores.max() > 2
 
 
+def test_scores_begin_near_0(monkeypatch):
+    """With dcgan's first weights, ten times larger, lsgan failed at 64 px."""
+    flags = ["--size", 16, "--batch", 4, "--width", 16, "--lr", 1e-12]
+    D = run_train(lsgan, monkeypatch, flags, cartoons(lsgan, 8, 16)).to_save["D"]
+    assert D[-2].weight.std().item() == pytest.approx(0.002, rel=0.2)
+    assert D[0].weight.std().item() == pytest.approx(0.02, rel=0.2)
+
+
 def test_labels_reach_the_losses(monkeypatch):
     seen = []
     monkeypatch.setattr(lsgan, "d_loss", lambda real, fake, *ab: (seen.append(ab), real.sum())[1])
