@@ -232,7 +232,6 @@ def label_grid(G, z, data, columns=None):
 
 
 # --- the same in every script from here on --------------------------------------------------------
-# The loop's steps, what a run writes, the data sets, the command line.
 
 SCRIPT = Path(__file__).stem
 TORCHRUN = os.environ if "TORCHELASTIC_RUN_ID" in os.environ else {}
@@ -309,7 +308,8 @@ def record(args, data, to_save, rows, picture, last):
         pen.text((5, top + 8), f"{name}: {low:.3g} to {high:.3g}, now {values[-1]:.3g}", "black")
     curves.save(out / "curves.png")
     file = out / "samples" / f"{row['step']:06}.png"
-    save_image(picture.flatten(0, 1) / 2 + 0.5, file, nrow=picture.shape[1])
+    save_image(picture.flatten(0, 1) / 2 + 0.5, out / "new.png", nrow=picture.shape[1])
+    os.replace(out / "new.png", file)  # half a picture would stop the GIF, when all else is done
     if last:
         files = sorted(file.parent.glob("[0-9]*.png"))
         frames = [Image.open(file) for file in [*files[:-1:4], files[-1]]]  # each fourth, the last

@@ -110,6 +110,30 @@ def test_a_checkpoint_is_never_half_written(tmp_path, monkeypatch):
     assert_same_runs("whole", "cut")
 
 
+def test_a_run_that_is_killed_leaves_no_half_picture(tmp_path, monkeypatch):
+    """The GIF at the end of the resumed run opens them all."""
+    monkeypatch.chdir(tmp_path)
+    save_image, pictures = dcgan.save_image, []
+
+    def save_half(images, file, **options):
+        save_image(images, file, **options)
+        pictures.append(file)
+        if len(pictures) == 4:  # the first is real.png
+            with open(file, "r+b") as half:
+                half.truncate(100)
+            die()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(dcgan, "save_image", save_half)
+        assert forked(dcgan, "--steps", 6, *SMALL, "--out", "cut") == -signal.SIGKILL
+    samples = sorted((tmp_path / "cut" / "samples").iterdir())
+    assert [file.name for file in samples] == ["000001.png", "000002.png"]
+    for file in samples:
+        Image.open(file).load()
+    assert call(dcgan, "--resume", "--out", "cut") == 0
+    assert not (tmp_path / "cut" / "new.png").exists()
+
+
 def test_ctrl_c_ends_at_once_without_a_traceback_and_resume_goes_on(tmp_path, monkeypatch):
     """In a process of its own, as from a shell."""
     monkeypatch.chdir(tmp_path)
