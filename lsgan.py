@@ -13,7 +13,7 @@ its distance from it.
 
 By default a = 0 and b = c = 1: D says 1 for real and 0 for fake, and G wants a 1 (Eq. 9). With
 a = -1, b = 1 and c = 0 (Eq. 8), G minimises a known measure of how much the fakes' distribution
-differs from the data's, the Pearson chi^2 divergence (Sec. 3.2). Everything else is DCGAN's.
+differs from the data's, the Pearson chi^2 divergence (Sec. 3.2). All else is as in DCGAN.
 
 Changes from dcgan.py:
   - the losses: squares of D's outputs, which are scores and not logits
