@@ -4,8 +4,8 @@
 University of Bologna, 2020.
 
 G is told by labels y what to draw. D gets a second head, an auxiliary classifier: it learns to read
-the labels off real images. G wants it to read y' off a fake that was asked for by y', so G draws
-what can be recognised as what it was told.
+the labels off real images. G wants it to read off a fake the labels y' that G was given, so G
+draws what can be recognised as what it was told to draw.
 
     L_S = E[log D(x)] + E[log(1 - D(G(z, y')))]                 Eq. 2, the source
     L_C = E[log P(y|x)] + E[log P(y'|G(z, y'))]                 Eq. 3, the labels
@@ -35,17 +35,17 @@ Changes from sngan.py:
 Differs from the papers:
   - the paper has BatchNorm, and a G and a D for each 10 of ImageNet's classes
   - as in sngan.py, D's features are doubled behind each LeakyReLU (GAIN): without that, D died, and
-    G drew no faces. The report's code has another spectral norm, and one convolution less in D
+    G drew no faces. The report's D has one convolution less; its spectral norm: see sngan.py
   - the report prints a softmax over the 40 attributes. It sums to 1, and can say at most 1/k to
     each of k attributes of a face. The report's code has sigmoids
   - in the paper D learns the labels y' of fakes, too, whatever G drew for them, so that G and D may
-    agree on a private sign for a label. With it, photographs came out less clear at 64 px (at 32 px
-    no difference was seen)
-  - --aux is 10: a mean over 40 attributes leaves little to each. With 1, no attribute of a
-    photograph could be turned round alone
+    agree on a private sign for a label. With that loss, drawn faces were less clear at 64 px (at
+    32 px no difference was seen)
+  - --aux is 10, not 1: a mean over 40 attributes leaves little to each
   - a fake's attributes are drawn independently of each other, each as often as the data has it. The
-    report's code flips 40 fair coins, which makes 20 attributes, where a face has about 9. When y'
-    was that of a random real image, G learned "Male" only along with no lipstick and a beard
+    report's code flips 40 fair coins, which makes 20 attributes, where a face has about 9. With the
+    labels of random real images, G draws "Male" along with a beard and without lipstick; turned
+    round alone, it changed less
   - D makes one step on 64 real and 64 fake images; in the report's code two, on 32 of each
   - batches are drawn with replacement; the report's epochs go through all images once
 
@@ -396,7 +396,7 @@ def steps(args, data, draw, to_save, grid=None, measure=lambda: {}):
 def record(args, data, to_save, rows, picture, last):
     """Write losses.csv, curves.png, a picture, the checkpoint and, at the end, training.gif."""
     out, row, names = Path(args.out), rows[-1], list(rows[-1])
-    collapsed = [r for r in rows if r["step"] >= 500 and r["spread"] < 0.1]
+    collapsed = [r for r in rows if r["step"] >= 500 and r["spread"] < 0.1]  # tell of the first
     print("  ".join(f"{name} {row[name]:.3g}" for name in names[1:]),
           " MODE COLLAPSE: all images look alike" if collapsed[:1] == [row] else "", flush=True)
     table = np.array([list(row.values()) for row in rows])

@@ -286,7 +286,7 @@ def steps(args, data, draw, to_save, grid=None, measure=lambda: {}):
 def record(args, data, to_save, rows, picture, last):
     """Write losses.csv, curves.png, a picture, the checkpoint and, at the end, training.gif."""
     out, row, names = Path(args.out), rows[-1], list(rows[-1])
-    collapsed = [r for r in rows if r["step"] >= 500 and r["spread"] < 0.1]
+    collapsed = [r for r in rows if r["step"] >= 500 and r["spread"] < 0.1]  # tell of the first
     print("  ".join(f"{name} {row[name]:.3g}" for name in names[1:]),
           " MODE COLLAPSE: all images look alike" if collapsed[:1] == [row] else "", flush=True)
     table = np.array([list(row.values()) for row in rows])

@@ -13,7 +13,7 @@ its distance from it.
 
 By default a = 0 and b = c = 1: D says 1 for real and 0 for fake, and G wants a 1 (Eq. 9). With
 a = -1, b = 1 and c = 0 (Eq. 8), G minimises a known measure of how much the fakes' distribution
-differs from the data's, the Pearson chi^2 divergence (Sec. 3.2). All else is as in DCGAN.
+differs from the data's, the Pearson chi^2 divergence (Sec. 3.2). Nearly all else is DCGAN's.
 
 Changes from dcgan.py:
   - the losses: squares of D's outputs, which are scores and not logits
@@ -24,7 +24,7 @@ Changes from dcgan.py:
   - D(x) and D(G(z)) in losses.csv are mean scores, not probabilities
 
 Differs from the paper:
-  - the networks, z and the learning rate are dcgan.py's, so that the diff shows the loss alone.
+  - the networks, z and the learning rate are dcgan.py's, so that the diff is mainly the loss.
     The paper's G has further layers of stride 1, and its z 1024 numbers; its images have 112 px
   - as in dcgan.py, D's fakes serve G's step, too; batches are drawn with replacement; images are
     drawn with BatchNorm's running averages
@@ -165,7 +165,7 @@ def train(args, data):
     to_device = {"device": args.device, "memory_format": torch.channels_last}  # faster convolutions
     G = Generator(channels, args.size, args.width).apply(init_weights).to(**to_device)
     D = Discriminator(channels, args.size, args.width).apply(init_weights).to(**to_device)
-    nn.init.normal_(D[-2].weight, mean=0, std=0.002)  # so that scores begin near 0
+    nn.init.normal_(D[-2].weight, mean=0, std=0.002)  # the last convolution: scores begin near 0
     opt_G = torch.optim.Adam(G.parameters(), lr=args.lr, betas=(0.5, 0.999))
     opt_D = torch.optim.Adam(D.parameters(), lr=args.lr, betas=(0.5, 0.999))
 
@@ -260,7 +260,7 @@ def steps(args, data, draw, to_save, grid=None, measure=lambda: {}):
 def record(args, data, to_save, rows, picture, last):
     """Write losses.csv, curves.png, a picture, the checkpoint and, at the end, training.gif."""
     out, row, names = Path(args.out), rows[-1], list(rows[-1])
-    collapsed = [r for r in rows if r["step"] >= 500 and r["spread"] < 0.1]
+    collapsed = [r for r in rows if r["step"] >= 500 and r["spread"] < 0.1]  # tell of the first
     print("  ".join(f"{name} {row[name]:.3g}" for name in names[1:]),
           " MODE COLLAPSE: all images look alike" if collapsed[:1] == [row] else "", flush=True)
     table = np.array([list(row.values()) for row in rows])
