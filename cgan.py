@@ -52,7 +52,6 @@ import sys
 import tempfile
 import time
 from collections import namedtuple
-from datetime import timedelta
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
@@ -280,22 +279,22 @@ def steps(args, data, draw, to_save, grid=None, measure=lambda: {}):
             if RANK == 0:
                 with preview(args, to_save["G"]):
                     fakes = draw(64)
-                    spread = float(fakes.std(0).mean() / real.std(0).mean())  # 0: all alike
-                    rows.append({"step": step, **means, "spread": spread, **measure()})
+                    means["spread"] = float(fakes.std(0).mean() / real.std(0).mean())
+                    means |= measure()
                     picture = grid() if grid else fakes.unflatten(0, (8, 8))
-                seconds = (time.perf_counter() - start) / (step - done)  # for one step
-                print(f"step {step}/{total}  {seconds * (total - step) / 60:.1f} min left  "
-                      f"{batch / seconds:.0f} images/s", end="  ")  # record() goes on
+                rows.append({"step": step, **means})
+                rate = (step - done) / (time.perf_counter() - start)  # steps per second
+                speed = f"{(total - step) / rate / 60:.1f} min left  {batch * rate:.0f} images/s"
+                print(f"step {step}/{total}  {speed}",
+                      *(f"{k} {v:.3g}" for k, v in means.items()), sep="  ", flush=True)
+                if step >= 500 and means["spread"] < 0.1:
+                    print("MODE COLLAPSE: all images look alike")
                 record(args, data, to_save, rows, picture, step == total)
 
 
 def record(args, data, to_save, rows, picture, last):
     """Write losses.csv, curves.png, a picture, the checkpoint and, at the end, training.gif."""
-    out, row, names = Path(args.out), rows[-1], list(rows[-1])
-    collapsed = [r for r in rows if r["step"] >= 500 and r["spread"] < 0.1]  # tell of the first
-    print("  ".join(f"{name} {row[name]:.3g}" for name in names[1:]),
-          " MODE COLLAPSE: all images look alike" if collapsed[:1] == [row] else "", flush=True)
-    table = np.array([list(row.values()) for row in rows])
+    out, names, table = Path(args.out), list(rows[0]), np.array([list(r.values()) for r in rows])
     if not np.isfinite(table).all():
         user_error("a number is not finite; a smaller --lr may help")
     np.savetxt(out / "losses.csv", table, "%.8g", ",", header=",".join(names), comments="")
@@ -307,11 +306,11 @@ def record(args, data, to_save, rows, picture, last):
         pen.line(list(zip(x, y)), "navy", 2)
         pen.text((5, top + 8), f"{name}: {low:.3g} to {high:.3g}, now {values[-1]:.3g}", "black")
     curves.save(out / "curves.png")
-    file = out / "samples" / f"{row['step']:06}.png"
+    samples, step = out / "samples", rows[-1]["step"]
     save_image(picture.flatten(0, 1) / 2 + 0.5, out / "new.png", nrow=picture.shape[1])
-    os.replace(out / "new.png", file)  # half a picture would stop the GIF, when all else is done
+    os.replace(out / "new.png", samples / f"{step:06}.png")  # half a picture would stop the GIF
     if last:
-        files = sorted(file.parent.glob("[0-9]*.png"))
+        files = sorted(samples.glob("[0-9]*.png"))
         frames = [Image.open(file) for file in [*files[:-1:4], files[-1]]]  # each fourth, the last
         first, *others = [frame.reduce(math.ceil(max(frame.size) / 300)) for frame in frames]
         first.save(out / "training.gif", append_images=others, save_all=True, duration=200, loop=0)
@@ -319,7 +318,7 @@ def record(args, data, to_save, rows, picture, last):
     state = {name: part.state_dict() for name, part in to_save.items()}
     # --generate needs no more of the data. (Without clone(), a slice is saved as the whole tensor.)
     some_data = data.images[:64].cpu().clone(), data.labels[:50_000].cpu().clone(), data.names
-    torch.save({"script": SCRIPT, "step": row["step"], "rows": rows, "settings": settings,
+    torch.save({"script": SCRIPT, "step": step, "rows": rows, "settings": settings,
                 "state": state, "data": some_data}, out / "checkpoint.tmp")
     os.replace(out / "checkpoint.tmp", out / "checkpoint.pt")  # there is never half a checkpoint
 
@@ -367,12 +366,9 @@ def sample_batch(data, n, device):
 
 
 def load_images(name, size, root="data", split="train"):
-    """A data set by name (its split "train" or "test"), or a folder -> Data of size x size pixels.
-
-    In random order, always the same. Kept in root/prepared, and read without filling the memory.
-    """
+    """A set by name (split "train" or "test"), or a folder -> Data. Kept in root/prepared."""
     items, open_item, labels, names = find_images(name, size, Path(root), split)
-    facts = [(os.path.getsize(x), os.path.getmtime(x)) for x in items if isinstance(x, str)]
+    facts = [(os.path.getsize(x), os.path.getmtime(x)) for x in items if isinstance(x, Path)]
     key = hashlib.sha1(repr((items, facts, names, labels.tobytes())).encode()).hexdigest()[:16]
     file = Path(root) / "prepared" / f"{Path(name).name[:40]}-{size}-{split}-{key}.pt"
     if not file.exists():  # the key is another one if any image or label has changed
@@ -388,37 +384,36 @@ def load_images(name, size, root="data", split="train"):
 
 def prepare_images(name, size, items, open_item, labels, names, file):
     """-> Data, without unreadable files and exact copies. The file holds the pixels, not memory."""
-    def decode(i):
-        try:
-            image = ImageOps.fit(open_item(items[i]), (size, size), Image.Resampling.BILINEAR)
-            return np.asarray(image.convert("RGB")).transpose(2, 0, 1)  # (3, size, size)
-        except Exception as error:  # a broken file can make Pillow raise anything
-            return f"{items[i]}: {error}"
-
+    images = np.memmap(file, np.uint8, "w+", shape=(len(items) or 1, 3, size, size))
     order = random.Random(0).sample(range(len(items)), len(items))
-    kept, seen, broken, grey = [], set(), [], True
+    labels, broken = labels[order], []
+
+    def decode(i):  # -> what an image has in common with its copies, or None if it is broken
+        if i % 10_000 == 9_999:
+            print(f"preparing {name}: {i + 1:,} of {len(items):,} images", flush=True)
+        try:
+            image = ImageOps.fit(open_item(items[order[i]]), (size, size), Image.BILINEAR)
+            images[i] = np.asarray(image.convert("RGB")).transpose(2, 0, 1)
+            return hash(images[i].tobytes()), labels[i].tobytes()
+        except Exception as error:  # a broken file can make Pillow raise anything
+            broken.append(f"{items[order[i]]}: {error}")
+
     with ThreadPool() as pool:
-        for i, pixels in zip(order, pool.imap(decode, order, chunksize=16)):
-            if isinstance(pixels, str):
-                broken.append(pixels)
-                continue
-            content = hash(pixels.tobytes()), labels[i].tobytes()
-            if content not in seen or name in SETS:  # published sets keep their copies
-                seen.add(content)
-                kept.append(i)
-                file.write(pixels.tobytes())
-                grey = grey and (pixels == pixels[0]).all()
-                if len(kept) % 10_000 == 0:
-                    print(f"preparing {name}: {len(kept):,} of {len(items):,} images", flush=True)
-    copies, several = len(items) - len(kept) - len(broken), len(seen) - len({x for x, _ in seen})
+        contents = pool.map(decode, range(len(items)), chunksize=16)
+    kept = [i for i, content in enumerate(contents) if content]
+    if name not in SETS:  # published sets keep their copies
+        kept = sorted({contents[i]: i for i in kept}.values())
+        if several := len(kept) - len({contents[i][0] for i in kept}):
+            print(f"{several} images are in more than one sub-folder")
+    copies = len(items) - len(kept) - len(broken)
     if copies or broken:
         print(f"left out: {copies} copies, {len(broken)} unreadable files", *broken[:1], sep=": ")
-    if several and name not in SETS:
-        print(f"{several} images are in more than one sub-folder")
     if len(kept) < 2:
         user_error(f"--data {name}: no image that can be read, or only one")
-    images = np.memmap(file, np.uint8, "r+", shape=(len(kept), 3, size, size))
-    images = np.ascontiguousarray(images[:, :1] if grey else images)
+    for new, old in enumerate(kept):
+        images[new] = images[old]
+    grey = all((image == image[0]).all() for image in images[: len(kept)])
+    images = np.ascontiguousarray(images[: len(kept), : 1 if grey else 3])
     used = np.flatnonzero(labels[kept].any(0))  # without labels that no image has
     labels = torch.from_numpy(labels[kept][:, used])
     return Data(torch.from_numpy(images), labels, [names[k] for k in used])
@@ -446,8 +441,8 @@ def find_images(name, size, root, split):
 
 def find_celeba(root, split):
     """CelebA or a part of it, anywhere below root. Without the table of attributes: no labels."""
-    paths = [Path(file) for file in list_files(root)]
-    images = {int(path.stem): str(path) for path in paths
+    paths = list_files(root)
+    images = {int(path.stem): path for path in paths
               if "img_align_celeba" in path.parts and path.stem.isdecimal()}
     if not images:
         user_error(f"no img_align_celeba with images below {root}. It and list_attr_celeba.txt are "
@@ -458,10 +453,9 @@ def find_celeba(root, split):
     rows = {int(n): re.findall(r"-?\d", row) for n, row in re.findall(r"(\d+)\.\w+(.*)", text)}
     header = max(re.split(r"\d+\.", text)[0].splitlines(), key=len, default="")
     names = re.findall(r'[^\s,;"]+', header.split("image_id")[-1])
-    part = [n for n in sorted(images) if (n < 182638) == (split == "train")]  # as published
-    part = [n for n in part if n in rows or not rows]
-    total = "182,637" if split == "train" else "19,962"
-    print(f"celeba: {len(part):,} of the {total} images of the {split} part")
+    published = range(1, 182638) if split == "train" else range(182638, 202600)
+    part = [n for n in published if n in images and (n in rows or not rows)]
+    print(f"celeba: {len(part):,} of the {len(published):,} images of the {split} part")
     labels = np.array([rows.get(n, []) for n in part]).reshape(len(part), len(names)) == "1"
 
     def open_face(file):  # the centre, 128 x 128 pixels, of a published image
@@ -475,7 +469,7 @@ def find_folder(name):
     if not os.path.isdir(name):
         user_error(f"--data {name!r} is neither a folder nor one of {', '.join(SETS)}")
     folder, known = os.path.abspath(name), Image.registered_extensions()
-    parts = {file: Path(file).relative_to(folder).parts for file in list_files(folder)}
+    parts = {file: file.relative_to(folder).parts for file in list_files(folder)}
     names = sorted({p[0] for p in parts.values() if p[1:] and Path(p[-1]).suffix.lower() in known})
     for first, *rest in sorted(parts.values(), key=lambda p: p[0].lower() != "train"):  # it first
         of_a_set = first.lower() in ("train", "test", "val", "valid", "validation")
@@ -488,17 +482,15 @@ def find_folder(name):
     return files, open_image, labels.reshape(len(files), len(names)), names
 
 
-def list_files(folder):
-    """All files below it, sorted; not hidden ones, and not those of runs. Links are followed."""
-    found, visited = [], set()
-    for parent, folders, files in os.walk(folder, followlinks=True):
-        real = os.path.realpath(parent)
-        if real in visited or ("samples" in folders and "checkpoint.pt" in files):  # a loop; a run
-            folders[:], files = [], []  # os.walk() goes on with what is left in folders
-        visited.add(real)
-        folders[:] = sorted(name for name in folders if name[0] != ".")
-        found += [os.path.join(parent, name) for name in files if name[0] != "."]
-    return sorted(filter(os.path.isfile, found))
+def list_files(folder, above=()):
+    """All files below it; not hidden ones, and not those of runs. Links are followed."""
+    folder, files = Path(folder), []
+    is_run = (folder / "samples").is_dir() and (folder / "checkpoint.pt").is_file()
+    if is_run or folder.resolve() in above:  # a link back to a folder above
+        return []
+    for path in sorted(folder.glob("[!.]*")):
+        files += [path] if path.is_file() else list_files(path, [*above, folder.resolve()])
+    return files
 
 
 def open_image(path):
@@ -613,7 +605,7 @@ def main(argv=None):
         args = parse_arguments(argv)
         if RANKS > 1:
             kinds = "cpu:gloo,cuda:nccl" if args.device.type == "cuda" else "gloo"
-            distributed.init_process_group(kinds, timeout=timedelta(hours=2))
+            distributed.init_process_group(kinds)
             register_optimizer_step_pre_hook(average_gradients)
         data = Data(*args.checkpoint["data"]) if args.generate else get_data(args)
         torch.manual_seed(args.seed)  # the same first weights in all processes

@@ -217,15 +217,11 @@ def load_inception(path, device):
     file = Path(path or f"{torch.hub.get_dir()}/checkpoints/{Path(URL).name}")
     try:
         if not path and not file.exists():
-            torch.hub.load_state_dict_from_url(URL, map_location="cpu", check_hash=True,
-                                               weights_only=True)
-    except (OSError, RuntimeError) as error:
-        user_error(f"{URL} cannot be downloaded ({error}). Get that file and put it into "
-                   f"{file.parent}, or name it by --weights")
-    try:
+            torch.hub.load_state_dict_from_url(URL, check_hash=True, weights_only=True)
         net = build_inception(torch.load(file, map_location="cpu", weights_only=True))
     except Exception as error:  # another file can make torch.load raise anything
-        user_error(f"{file} does not hold the weights of this network: {error!r:.200}")
+        user_error(f"{file} does not hold the weights of this network: {error!r:.120}. "
+                   f"They are at {URL}; put them there, or name their file by --weights")
     return net.to(device), hashlib.sha256(file.read_bytes()).hexdigest()[:8]
 
 
@@ -254,7 +250,7 @@ def read_picture(path, size=None):
     try:
         image = open_image(path)
         if size:
-            image = ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)
+            image = ImageOps.fit(image, (size, size), Image.BILINEAR)
         return torch.from_numpy(np.array(image)).permute(2, 0, 1)
     except Exception as error:  # a broken file can make Pillow raise anything
         return f"{path}: {error}"
@@ -294,7 +290,7 @@ def open_source(name, args, n=None, usual_size=None):
         name = f"{name}/generated"
         if not os.path.exists(name):
             user_error(f"there is no {name}; run the training script with --generate N first")
-    files = list_files(name)
+    files = list_files(name) if os.path.isdir(name) else []
     files = random.Random(0).sample(files, min(n, len(files))) if n else files
     pictures = (read_picture(file, args.size) for file in files)
     first = next((picture for picture in pictures if torch.is_tensor(picture)), None)
@@ -550,12 +546,9 @@ FACE = ["Blond_Hair", "Eyeglasses", "Mouth_Slightly_Open", "Smiling", "Wearing_L
 
 
 def load_images(name, size, root="data", split="train"):
-    """A data set by name (its split "train" or "test"), or a folder -> Data of size x size pixels.
-
-    In random order, always the same. Kept in root/prepared, and read without filling the memory.
-    """
+    """A set by name (split "train" or "test"), or a folder -> Data. Kept in root/prepared."""
     items, open_item, labels, names = find_images(name, size, Path(root), split)
-    facts = [(os.path.getsize(x), os.path.getmtime(x)) for x in items if isinstance(x, str)]
+    facts = [(os.path.getsize(x), os.path.getmtime(x)) for x in items if isinstance(x, Path)]
     key = hashlib.sha1(repr((items, facts, names, labels.tobytes())).encode()).hexdigest()[:16]
     file = Path(root) / "prepared" / f"{Path(name).name[:40]}-{size}-{split}-{key}.pt"
     if not file.exists():  # the key is another one if any image or label has changed
@@ -571,37 +564,36 @@ def load_images(name, size, root="data", split="train"):
 
 def prepare_images(name, size, items, open_item, labels, names, file):
     """-> Data, without unreadable files and exact copies. The file holds the pixels, not memory."""
-    def decode(i):
-        try:
-            image = ImageOps.fit(open_item(items[i]), (size, size), Image.Resampling.BILINEAR)
-            return np.asarray(image.convert("RGB")).transpose(2, 0, 1)  # (3, size, size)
-        except Exception as error:  # a broken file can make Pillow raise anything
-            return f"{items[i]}: {error}"
-
+    images = np.memmap(file, np.uint8, "w+", shape=(len(items) or 1, 3, size, size))
     order = random.Random(0).sample(range(len(items)), len(items))
-    kept, seen, broken, grey = [], set(), [], True
+    labels, broken = labels[order], []
+
+    def decode(i):  # -> what an image has in common with its copies, or None if it is broken
+        if i % 10_000 == 9_999:
+            print(f"preparing {name}: {i + 1:,} of {len(items):,} images", flush=True)
+        try:
+            image = ImageOps.fit(open_item(items[order[i]]), (size, size), Image.BILINEAR)
+            images[i] = np.asarray(image.convert("RGB")).transpose(2, 0, 1)
+            return hash(images[i].tobytes()), labels[i].tobytes()
+        except Exception as error:  # a broken file can make Pillow raise anything
+            broken.append(f"{items[order[i]]}: {error}")
+
     with ThreadPool() as pool:
-        for i, pixels in zip(order, pool.imap(decode, order, chunksize=16)):
-            if isinstance(pixels, str):
-                broken.append(pixels)
-                continue
-            content = hash(pixels.tobytes()), labels[i].tobytes()
-            if content not in seen or name in SETS:  # published sets keep their copies
-                seen.add(content)
-                kept.append(i)
-                file.write(pixels.tobytes())
-                grey = grey and (pixels == pixels[0]).all()
-                if len(kept) % 10_000 == 0:
-                    print(f"preparing {name}: {len(kept):,} of {len(items):,} images", flush=True)
-    copies, several = len(items) - len(kept) - len(broken), len(seen) - len({x for x, _ in seen})
+        contents = pool.map(decode, range(len(items)), chunksize=16)
+    kept = [i for i, content in enumerate(contents) if content]
+    if name not in SETS:  # published sets keep their copies
+        kept = sorted({contents[i]: i for i in kept}.values())
+        if several := len(kept) - len({contents[i][0] for i in kept}):
+            print(f"{several} images are in more than one sub-folder")
+    copies = len(items) - len(kept) - len(broken)
     if copies or broken:
         print(f"left out: {copies} copies, {len(broken)} unreadable files", *broken[:1], sep=": ")
-    if several and name not in SETS:
-        print(f"{several} images are in more than one sub-folder")
     if len(kept) < 2:
         user_error(f"--data {name}: no image that can be read, or only one")
-    images = np.memmap(file, np.uint8, "r+", shape=(len(kept), 3, size, size))
-    images = np.ascontiguousarray(images[:, :1] if grey else images)
+    for new, old in enumerate(kept):
+        images[new] = images[old]
+    grey = all((image == image[0]).all() for image in images[: len(kept)])
+    images = np.ascontiguousarray(images[: len(kept), : 1 if grey else 3])
     used = np.flatnonzero(labels[kept].any(0))  # without labels that no image has
     labels = torch.from_numpy(labels[kept][:, used])
     return Data(torch.from_numpy(images), labels, [names[k] for k in used])
@@ -629,8 +621,8 @@ def find_images(name, size, root, split):
 
 def find_celeba(root, split):
     """CelebA or a part of it, anywhere below root. Without the table of attributes: no labels."""
-    paths = [Path(file) for file in list_files(root)]
-    images = {int(path.stem): str(path) for path in paths
+    paths = list_files(root)
+    images = {int(path.stem): path for path in paths
               if "img_align_celeba" in path.parts and path.stem.isdecimal()}
     if not images:
         user_error(f"no img_align_celeba with images below {root}. It and list_attr_celeba.txt are "
@@ -641,10 +633,9 @@ def find_celeba(root, split):
     rows = {int(n): re.findall(r"-?\d", row) for n, row in re.findall(r"(\d+)\.\w+(.*)", text)}
     header = max(re.split(r"\d+\.", text)[0].splitlines(), key=len, default="")
     names = re.findall(r'[^\s,;"]+', header.split("image_id")[-1])
-    part = [n for n in sorted(images) if (n < 182638) == (split == "train")]  # as published
-    part = [n for n in part if n in rows or not rows]
-    total = "182,637" if split == "train" else "19,962"
-    print(f"celeba: {len(part):,} of the {total} images of the {split} part")
+    published = range(1, 182638) if split == "train" else range(182638, 202600)
+    part = [n for n in published if n in images and (n in rows or not rows)]
+    print(f"celeba: {len(part):,} of the {len(published):,} images of the {split} part")
     labels = np.array([rows.get(n, []) for n in part]).reshape(len(part), len(names)) == "1"
 
     def open_face(file):  # the centre, 128 x 128 pixels, of a published image
@@ -658,7 +649,7 @@ def find_folder(name):
     if not os.path.isdir(name):
         user_error(f"--data {name!r} is neither a folder nor one of {', '.join(SETS)}")
     folder, known = os.path.abspath(name), Image.registered_extensions()
-    parts = {file: Path(file).relative_to(folder).parts for file in list_files(folder)}
+    parts = {file: file.relative_to(folder).parts for file in list_files(folder)}
     names = sorted({p[0] for p in parts.values() if p[1:] and Path(p[-1]).suffix.lower() in known})
     for first, *rest in sorted(parts.values(), key=lambda p: p[0].lower() != "train"):  # it first
         of_a_set = first.lower() in ("train", "test", "val", "valid", "validation")
@@ -671,17 +662,15 @@ def find_folder(name):
     return files, open_image, labels.reshape(len(files), len(names)), names
 
 
-def list_files(folder):
-    """All files below it, sorted; not hidden ones, and not those of runs. Links are followed."""
-    found, visited = [], set()
-    for parent, folders, files in os.walk(folder, followlinks=True):
-        real = os.path.realpath(parent)
-        if real in visited or ("samples" in folders and "checkpoint.pt" in files):  # a loop; a run
-            folders[:], files = [], []  # os.walk() goes on with what is left in folders
-        visited.add(real)
-        folders[:] = sorted(name for name in folders if name[0] != ".")
-        found += [os.path.join(parent, name) for name in files if name[0] != "."]
-    return sorted(filter(os.path.isfile, found))
+def list_files(folder, above=()):
+    """All files below it; not hidden ones, and not those of runs. Links are followed."""
+    folder, files = Path(folder), []
+    is_run = (folder / "samples").is_dir() and (folder / "checkpoint.pt").is_file()
+    if is_run or folder.resolve() in above:  # a link back to a folder above
+        return []
+    for path in sorted(folder.glob("[!.]*")):
+        files += [path] if path.is_file() else list_files(path, [*above, folder.resolve()])
+    return files
 
 
 def open_image(path):

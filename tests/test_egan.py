@@ -180,13 +180,6 @@ def test_g_learns_to_make_images_whose_c_hat_is_c(monkeypatch):
     assert numbers["c_hat(c=1)"] > numbers["c_hat(c=0)"] + 0.2
 
 
-@pytest.mark.parametrize(("flags", "rep"), [
-    ([], 20), ([*CNN, "joint"], 5), (["--rep", 3], 3), (["--rep", 0], 0), (["--data", "faces"], 1)])
-def test_the_default_of_rep_depends_on_data_and_attribute(tmp_path, flags, rep):
-    args = egan.parse_arguments([*map(str, flags), "--out", str(tmp_path / "run")])
-    assert egan.rep_weight(args) == rep
-
-
 def test_a_picture_has_one_z_for_each_row_and_c_rises_along_it(monkeypatch):
     run = run_train(egan, monkeypatch, [*TINY, "--sweep", 4], cartoons(egan, 16, 16), n=0)
     seen = inputs_of(run.to_save["G"])
