@@ -350,36 +350,36 @@ def load_images(name, size, root="data", split="train"):
 
 def prepare_images(name, size, items, open_item, labels, names, file):
     """-> Data, without unreadable files and exact copies. The file holds the pixels, not memory."""
-    images = np.memmap(file, np.uint8, "w+", shape=(len(items) or 1, 3, size, size))
     order = random.Random(0).sample(range(len(items)), len(items))
-    labels, broken = labels[order], []
+    kept, contents, broken = [], set(), []
 
-    def decode(i):  # -> what an image has in common with its copies, or None if it is broken
-        if i % 10_000 == 9_999:
-            print(f"preparing {name}: {i + 1:,} of {len(items):,} images", flush=True)
+    def decode(i):
         try:
-            image = ImageOps.fit(open_item(items[order[i]]), (size, size), Image.BILINEAR)
-            images[i] = np.asarray(image.convert("RGB")).transpose(2, 0, 1)
-            return hash(images[i].tobytes()), labels[i].tobytes()
+            image = ImageOps.fit(open_item(items[i]), (size, size), Image.BILINEAR)
+            return np.asarray(image.convert("RGB")).transpose(2, 0, 1).tobytes()  # (3, size, size)
         except Exception as error:  # a broken file can make Pillow raise anything
-            broken.append(f"{items[order[i]]}: {error}")
+            broken.append(f"{items[i]}: {error}")
 
     with ThreadPool() as pool:
-        contents = pool.map(decode, range(len(items)), chunksize=16)
-    kept = [i for i, content in enumerate(contents) if content]
-    if name not in SETS:  # published sets keep their copies
-        kept = sorted({contents[i]: i for i in kept}.values())
-        if several := len(kept) - len({contents[i][0] for i in kept}):
-            print(f"{several} images are in more than one sub-folder")
+        for i, pixels in zip(order, pool.imap(decode, order, chunksize=16)):
+            content = hash(pixels), labels[i].tobytes()  # copies have the same one
+            if pixels and (content not in contents or name in SETS):  # published sets keep copies
+                contents.add(content)
+                kept.append(i)
+                file.write(pixels)
+                if len(kept) % 10_000 == 0:
+                    print(f"preparing {name}: {len(kept):,} of {len(items):,} images", flush=True)
     copies = len(items) - len(kept) - len(broken)
+    several = len(contents) - len({pixels for pixels, _ in contents})
     if copies or broken:
         print(f"left out: {copies} copies, {len(broken)} unreadable files", *broken[:1], sep=": ")
+    if several and name not in SETS:
+        print(f"{several} images are in more than one sub-folder")
     if len(kept) < 2:
         user_error(f"--data {name}: no image that can be read, or only one")
-    for new, old in enumerate(kept):
-        images[new] = images[old]
-    grey = all((image == image[0]).all() for image in images[: len(kept)])
-    images = np.ascontiguousarray(images[: len(kept), : 1 if grey else 3])
+    images = np.memmap(file, np.uint8, "r+", shape=(len(kept), 3, size, size))
+    grey = all((image == image[0]).all() for image in images)
+    images = np.ascontiguousarray(images[:, :1] if grey else images)
     used = np.flatnonzero(labels[kept].any(0))  # without labels that no image has
     labels = torch.from_numpy(labels[kept][:, used])
     return Data(torch.from_numpy(images), labels, [names[k] for k in used])
@@ -450,12 +450,12 @@ def find_folder(name):
 
 def list_files(folder, above=()):
     """All files below it; not hidden ones, and not those of runs. Links are followed."""
-    folder, files = Path(folder), []
+    folder, real, files = Path(folder), os.path.realpath(folder), []
     is_run = (folder / "samples").is_dir() and (folder / "checkpoint.pt").is_file()
-    if is_run or folder.resolve() in above:  # a link back to a folder above
+    if is_run or real in above:  # a link that leads in a circle
         return []
     for path in sorted(folder.glob("[!.]*")):
-        files += [path] if path.is_file() else list_files(path, [*above, folder.resolve()])
+        files += [path] if path.is_file() else list_files(path, [*above, real])
     return files
 
 
@@ -552,12 +552,10 @@ def parse_arguments(argv):
 
 
 def get_data(args):
-    """-> Data, on the GPU if it fits there. torchrun's first process prepares it for all."""
-    if RANK > 0:
-        distributed.barrier()  # waits until the first process is at its barrier, too
+    """-> Data, on the GPU if it fits there. For --generate, what the checkpoint has of it."""
+    if args.generate:
+        return Data(*args.checkpoint["data"])
     data = load_images(args.data, args.size, args.root)
-    if RANK == 0 and RANKS > 1:
-        distributed.barrier()
     if args.resume and data.names != Data(*args.checkpoint["data"]).names:
         user_error(f"{args.data} has other labels than this run")
     if args.device.type == "cuda" and data.images.nbytes < torch.cuda.mem_get_info()[0] / 2:
@@ -569,11 +567,12 @@ def main(argv=None):
     """Run with these arguments; by default, with those of the command line."""
     try:
         args = parse_arguments(argv)
+        data = get_data(args) if RANK == 0 else None  # torchrun's first process prepares the data
         if RANKS > 1:
             kinds = "cpu:gloo,cuda:nccl" if args.device.type == "cuda" else "gloo"
-            distributed.init_process_group(kinds)
+            distributed.init_process_group(kinds)  # where the others wait for it
             register_optimizer_step_pre_hook(average_gradients)
-        data = Data(*args.checkpoint["data"]) if args.generate else get_data(args)
+        data = data or get_data(args)
         torch.manual_seed(args.seed)  # the same first weights in all processes
         train(args, data)
         if RANKS > 1:
