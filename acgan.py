@@ -25,15 +25,15 @@ singular value, the most that it stretches any vector: this bounds D's slope. Pi
 is found out.
 
 Changes from sngan.py:
-  - G(z, y): the labels are put behind z. D has a second head on the same features, and no dropout
+  - G(z, y): the labels are appended to z. D has a second head on the same features, and no dropout
   - the losses of that head, weighted by --aux
   - pictures: one z per row. Of classes there is one per column. Of attributes, a row begins with
-    the labels of a real image, and each further column turns one of them round, beyond 0 and 1.
-    --attributes A,B chooses them; --generate N also draws N rows, labels.png
+    the labels of a real image, and each further column flips one of them (0 to 2, 1 to -1).
+    --attributes A,B chooses them; --generate N also draws N rows, at most 16, in labels.png
 
 Differs from the papers:
   - the paper has BatchNorm, and a G and a D for each 10 of ImageNet's classes
-  - as in sngan.py, D's features are doubled behind each LeakyReLU (GAIN): without that, D died, and
+  - as in sngan.py, D's features are doubled after each LeakyReLU (GAIN): without that, D died, and
     G drew no faces. The report's D has one convolution less; its spectral norm: see sngan.py
   - the report prints a softmax over the 40 attributes. It sums to 1, and can say at most 1/k to
     each of k attributes of a face. The report's code has sigmoids
@@ -42,7 +42,7 @@ Differs from the papers:
   - --aux is 10, not 1: a mean over 40 attributes leaves little to each
   - a fake's attributes are independent, each as frequent as in the data. The report's code flips 40
     fair coins; a face has about 9 attributes, not 20. With the labels of a real image, "Male" came
-    along with others, such as no lipstick, and changed less when it was turned round alone
+    along with others, such as no lipstick, and changed less when it was flipped alone
   - D makes one step on 64 real and 64 fake images, drawn with replacement; the report's code makes
     two, on 32 of each, and its epochs go through all images once
 
@@ -98,7 +98,7 @@ class MinibatchStddev(nn.Module):
 
 
 class GainedLeakyReLU(nn.LeakyReLU):
-    """LeakyReLU, times GAIN: behind a matrix of spectral norm 1 it halves typical features."""
+    """LeakyReLU, times GAIN. Without it, a layer of spectral norm 1 halves typical features."""
 
     def forward(self, x):
         return GAIN * super().forward(x)
@@ -107,8 +107,8 @@ class GainedLeakyReLU(nn.LeakyReLU):
 def normed(conv):
     """A convolution with orthogonal initial weights, biases of 0, and spectral norm.
 
-    Multiplying a vector by W and by W^T in turn makes it point where W stretches most, and so
-    gives sigma (Alg. 1). One such step per forward pass in train mode is enough: W changes slowly.
+    Multiplying a vector by W and W^T in turn makes it point where W stretches most. This gives
+    sigma, W's largest singular value. One step per forward pass is enough, as W changes slowly.
     """
     nn.init.orthogonal_(conv.weight)
     nn.init.zeros_(conv.bias)
@@ -174,7 +174,7 @@ class Discriminator(nn.Module):
 
 
 # --- losses ---------------------------------------------------------------------------------------
-# With D = sigmoid(logit): -log D = softplus(-logit) and -log(1 - D) = softplus(logit).
+# softplus(a) = log(1 + exp(a)), so -log D = softplus(-logit) and -log(1 - D) = softplus(logit).
 
 
 def d_loss(real_logits, fake_logits):
@@ -199,7 +199,7 @@ def label_loss(label_logits, y, one_hot):
 
 
 def accuracy(label_logits, y, one_hot):
-    """Which part of the labels the head has right: of B classes, or of B * K attributes."""
+    """The share of the labels that the head has right: of B classes, or of B * K attributes."""
     if one_hot:
         return (label_logits.argmax(1) == y.argmax(1)).float().mean()
     return ((label_logits > 0) == (y > 0)).float().mean()
@@ -247,7 +247,7 @@ def train(args, data):
         fake_y = fake_labels(data, args.batch, args.device, one_hot)
         fake = G(sample_z(args.batch), fake_y)
 
-        # D's step. detach() keeps its gradient out of G. Real and fake images go through D apart:
+        # D's step. detach() keeps its gradient out of G. D sees real and fake images separately:
         # in one batch, MinibatchStddev would measure both and hide from D how they differ.
         real_logits, real_label_logits = D(real)
         fake_logits, fake_label_logits = D(fake.detach())
@@ -257,8 +257,8 @@ def train(args, data):
         loss_D.backward()
         opt_D.step()
 
-        # G's step, against the improved D. The gradient flows back through D into G; inputs= leaves
-        # D's weights without one.
+        # G's step, against the improved D. The gradient flows back through D into G; with inputs=,
+        # none is computed for D's weights.
         logits, label_logits = D(fake)
         loss_G = g_loss(logits) + args.aux * label_loss(label_logits, fake_y, one_hot)
         opt_G.zero_grad()
@@ -276,7 +276,7 @@ def train(args, data):
 
 
 def chosen_labels(args, names):
-    """--attributes A,B -> [the number of A, of B], or None. (The name of a class may be "A,B".)"""
+    """--attributes A,B -> [index of A, index of B], or None. (The name of a class may be "A,B".)"""
     if not names:
         user_error(f"{args.data} has no labels. A folder needs one sub-folder per class, CelebA "
                    "list_attr_celeba.txt (https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html)")
@@ -307,7 +307,7 @@ def label_grid(G, z, data, columns=None):
     """A picture of what the labels do: (rows, columns, C, size, size), with one z per row.
 
     Classes: one per column. Attributes: the labels of real images in the first column; in each
-    further one, an attribute is turned round, strongly, so that it shows. By default these are the
+    further one, an attribute is flipped, beyond 0 and 1, so that it shows. By default these are the
     eight with a frequency closest to 1/2: G learns little about rare ones.
     """
     classes = len(data.names)
@@ -334,8 +334,8 @@ def save_labels(args, G, grid):
 # --- the same in every script from here on --------------------------------------------------------
 
 SCRIPT = Path(__file__).stem
-TORCHRUN = os.environ if "TORCHELASTIC_RUN_ID" in os.environ else {}
-RANK, RANKS = int(TORCHRUN.get("RANK", 0)), int(TORCHRUN.get("WORLD_SIZE", 1))  # which of these
+TORCHRUN = os.environ if "TORCHELASTIC_RUN_ID" in os.environ else {}  # of several processes,
+RANK, RANKS = int(TORCHRUN.get("RANK", 0)), int(TORCHRUN.get("WORLD_SIZE", 1))  # this is RANK
 
 
 def user_error(message):
@@ -345,9 +345,9 @@ def user_error(message):
 
 
 def steps(args, data, draw, to_save, grid=None, measure=lambda: {}):
-    """Yields an empty dict for every training step, which the step fills with numbers (tensors).
+    """What train()'s loop runs over. Every turn gets an empty dict and fills it with numbers.
 
-    After every 1 % of the run it averages them, draws and saves. With --generate it only draws.
+    After every 1 % of the run they are averaged, and all is drawn and saved. --generate only draws.
     draw(n): n images (n, C, size, size) in [-1, 1]. to_save: {name: network or optimiser}.
     grid(): the picture's images (rows, columns, C, size, size), by default 8 x 8 of draw().
     measure(): further columns of losses.csv, {name: number}, by default none.
@@ -369,7 +369,7 @@ def steps(args, data, draw, to_save, grid=None, measure=lambda: {}):
 
     every, numbers, start = math.ceil(total / 100), [], time.perf_counter()
     for step in range(done + 1, total + 1):
-        # Each step has its own seed: a resumed run draws the same numbers as one without a break.
+        # A seed for each step (hash() of ints never changes): a resumed run draws the same numbers.
         torch.manual_seed(hash((args.seed, step, RANK)))
         log = {}
         yield log
@@ -409,7 +409,7 @@ def record(args, data, to_save, rows, picture, last):
     curves.save(out / "curves.png")
     samples, step = out / "samples", rows[-1]["step"]
     save_image(picture.flatten(0, 1) / 2 + 0.5, out / "new.png", nrow=picture.shape[1])
-    os.replace(out / "new.png", samples / f"{step:06}.png")  # half a picture would stop the GIF
+    os.replace(out / "new.png", samples / f"{step:06}.png")  # so samples has whole pictures only
     if last:
         files = sorted(samples.glob("[0-9]*.png"))
         frames = [Image.open(file) for file in [*files[:-1:4], files[-1]]]  # each fourth, the last
@@ -484,8 +484,8 @@ def load_images(name, size, root="data", split="train"):
 
 
 def prepare_images(name, size, items, open_item, labels, names, file):
-    """-> Data, without unreadable files and exact copies. The file holds the pixels, not memory."""
-    order = random.Random(0).sample(range(len(items)), len(items))
+    """-> Data, its pixels in a file, not in memory. Copies and unreadable files are left out."""
+    order = random.Random(0).sample(range(len(items)), len(items))  # random, always the same
     kept, contents, broken = [], set(), []
 
     def decode(i):
@@ -535,13 +535,13 @@ def find_images(name, size, root, split):
     except (RuntimeError, OSError) as error:
         user_error(f"{name} is not in {root}, and could not be downloaded: {error}")
     pixels, labels = np.asarray(found.data), np.eye(10, dtype=np.uint8)[list(found.targets)]
-    if name != "cifar10" and size != 28:  # 28 px in a frame of 32: sharper than scaled
+    if name != "cifar10" and size != 28:  # a frame around 28 px: sharper than scaling
         pixels = np.pad(pixels, ((0, 0), (2, 2), (2, 2)))
     return range(len(pixels)), lambda i: Image.fromarray(pixels[i]), labels, found.classes
 
 
 def find_celeba(root, split):
-    """CelebA or a part of it, anywhere below root. Without the table of attributes: no labels."""
+    """CelebA or a part of it, anywhere below root. "train" is the published parts train and val."""
     paths = list_files(root)
     images = {int(path.stem): path for path in paths
               if "img_align_celeba" in path.parts and path.stem.isdecimal()}
@@ -549,7 +549,7 @@ def find_celeba(root, split):
         user_error(f"no img_align_celeba with images below {root}. It and list_attr_celeba.txt are "
                    "at https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html and on Kaggle")
     tables = [p for p in paths if p.name in ("list_attr_celeba.txt", "list_attr_celeba.csv")]
-    text = tables[-1].read_text("utf-8-sig") if tables else ""
+    text = tables[-1].read_text("utf-8-sig") if tables else ""  # then there are no labels
     # A row is "000001.jpg -1 1 ...", or that with commas. The longest line above has the names.
     rows = {int(n): re.findall(r"-?\d", row) for n, row in re.findall(r"(\d+)\.\w+(.*)", text)}
     header = max(re.split(r"\d+\.", text)[0].splitlines(), key=len, default="")
@@ -572,10 +572,10 @@ def find_folder(name):
     folder, known = os.path.abspath(name), Image.registered_extensions()
     parts = {file: file.relative_to(folder).parts for file in list_files(folder)}
     names = sorted({p[0] for p in parts.values() if p[1:] and Path(p[-1]).suffix.lower() in known})
-    for first, *rest in sorted(parts.values(), key=lambda p: p[0].lower() != "train"):  # it first
-        of_a_set = first.lower() in ("train", "test", "val", "valid", "validation")
-        if len(rest) > 1 and (of_a_set or names == [first]):
-            user_error(f"--data {name}: the labels are one folder deeper; give {name}/{first}")
+    for top, *rest in sorted(parts.values(), key=lambda p: p[0].lower() != "train"):  # train first
+        of_a_set = top.lower() in ("train", "test", "val", "valid", "validation")
+        if len(rest) > 1 and (of_a_set or names == [top]):
+            user_error(f"--data {name}: the labels are one folder deeper; give {name}/{top}")
     files = [file for file in parts if parts[file][0] in names or not names]
     if len(files) < len(parts):
         print(f"left out: {len(parts) - len(files)} files that are in no label's folder")
@@ -584,7 +584,7 @@ def find_folder(name):
 
 
 def list_files(folder, above=()):
-    """All files below it; not hidden ones, and not those of runs. Links are followed."""
+    """All files below a folder but hidden ones and those of runs. Links are followed."""
     folder, real, files = Path(folder), os.path.realpath(folder), []
     is_run = (folder / "samples").is_dir() and (folder / "checkpoint.pt").is_file()
     if is_run or real in above:  # a link that leads in a circle
@@ -618,7 +618,7 @@ def draw_face(seed, side, labels):
     pen = ImageDraw.Draw(image)
     x, y, w, h = vary(0.46, 0.54), vary(0.5, 0.56), vary(0.27, 0.32), vary(0.34, 0.39)
 
-    def oval(u, v, ru, rv, fill, start=0, end=360, outline=None):  # centre and radii, in faces
+    def oval(u, v, ru, rv, fill, start=0, end=360, outline=None):  # centre, radii; the face is 1
         box = x + w * (u - ru), y + h * (v - rv), x + w * (u + ru), y + h * (v + rv)
         pen.chord([side * edge for edge in box], start, end, fill, outline, side // 50)
 

@@ -21,7 +21,7 @@ Changes from dcgan.py:
     LeakyReLU in both; in D no BatchNorm, but biases and dropout 0.3; PyTorch's initial weights
   - the fakes of a step get the labels of its real images, so labels are as frequent as in the data
   - pictures: one z per row. Of classes there is one per column. Of attributes, a row begins with
-    the labels of a real image, and each further column turns one round, beyond 0 and 1
+    the labels of a real image, and each further column flips one of them (0 to 2, 1 to -1)
   - learning rate 5e-4, batches of 256, 150 epochs; sizes up to 64; no --width and no --g-steps
   - --no-labels leaves labels and their maps out, which is Marchiori's unconditional GAN. The same
     happens if the data has none; the run then begins with "labels: none"
@@ -135,7 +135,7 @@ class Discriminator(nn.Module):
 
 
 # --- losses ---------------------------------------------------------------------------------------
-# With D = sigmoid(logit): -log D = softplus(-logit) and -log(1 - D) = softplus(logit).
+# softplus(a) = log(1 + exp(a)), so -log D = softplus(-logit) and -log(1 - D) = softplus(logit).
 
 
 def d_loss(real_logits, fake_logits):
@@ -192,8 +192,8 @@ def train(args, data):
         loss_D.backward()
         opt_D.step()
 
-        # G's step, against the improved D. The gradient flows back through D into G; inputs= leaves
-        # D's weights without one.
+        # G's step, against the improved D. The gradient flows back through D into G; with inputs=,
+        # none is computed for D's weights.
         loss_G = g_loss(D(fake, y))
         opt_G.zero_grad()
         loss_G.backward(inputs=list(G.parameters()))
@@ -214,7 +214,7 @@ def label_grid(G, z, data, columns=None):
     """A picture of what the labels do: (rows, columns, C, size, size), with one z per row.
 
     Classes: one per column. Attributes: the labels of real images in the first column; in each
-    further one, an attribute is turned round, strongly, so that it shows. By default these are the
+    further one, an attribute is flipped, beyond 0 and 1, so that it shows. By default these are the
     eight with a frequency closest to 1/2: G learns little about rare ones.
     """
     classes = len(data.names)
@@ -233,8 +233,8 @@ def label_grid(G, z, data, columns=None):
 # --- the same in every script from here on --------------------------------------------------------
 
 SCRIPT = Path(__file__).stem
-TORCHRUN = os.environ if "TORCHELASTIC_RUN_ID" in os.environ else {}
-RANK, RANKS = int(TORCHRUN.get("RANK", 0)), int(TORCHRUN.get("WORLD_SIZE", 1))  # which of these
+TORCHRUN = os.environ if "TORCHELASTIC_RUN_ID" in os.environ else {}  # of several processes,
+RANK, RANKS = int(TORCHRUN.get("RANK", 0)), int(TORCHRUN.get("WORLD_SIZE", 1))  # this is RANK
 
 
 def user_error(message):
@@ -244,9 +244,9 @@ def user_error(message):
 
 
 def steps(args, data, draw, to_save, grid=None, measure=lambda: {}):
-    """Yields an empty dict for every training step, which the step fills with numbers (tensors).
+    """What train()'s loop runs over. Every turn gets an empty dict and fills it with numbers.
 
-    After every 1 % of the run it averages them, draws and saves. With --generate it only draws.
+    After every 1 % of the run they are averaged, and all is drawn and saved. --generate only draws.
     draw(n): n images (n, C, size, size) in [-1, 1]. to_save: {name: network or optimiser}.
     grid(): the picture's images (rows, columns, C, size, size), by default 8 x 8 of draw().
     measure(): further columns of losses.csv, {name: number}, by default none.
@@ -268,7 +268,7 @@ def steps(args, data, draw, to_save, grid=None, measure=lambda: {}):
 
     every, numbers, start = math.ceil(total / 100), [], time.perf_counter()
     for step in range(done + 1, total + 1):
-        # Each step has its own seed: a resumed run draws the same numbers as one without a break.
+        # A seed for each step (hash() of ints never changes): a resumed run draws the same numbers.
         torch.manual_seed(hash((args.seed, step, RANK)))
         log = {}
         yield log
@@ -308,7 +308,7 @@ def record(args, data, to_save, rows, picture, last):
     curves.save(out / "curves.png")
     samples, step = out / "samples", rows[-1]["step"]
     save_image(picture.flatten(0, 1) / 2 + 0.5, out / "new.png", nrow=picture.shape[1])
-    os.replace(out / "new.png", samples / f"{step:06}.png")  # half a picture would stop the GIF
+    os.replace(out / "new.png", samples / f"{step:06}.png")  # so samples has whole pictures only
     if last:
         files = sorted(samples.glob("[0-9]*.png"))
         frames = [Image.open(file) for file in [*files[:-1:4], files[-1]]]  # each fourth, the last
@@ -383,8 +383,8 @@ def load_images(name, size, root="data", split="train"):
 
 
 def prepare_images(name, size, items, open_item, labels, names, file):
-    """-> Data, without unreadable files and exact copies. The file holds the pixels, not memory."""
-    order = random.Random(0).sample(range(len(items)), len(items))
+    """-> Data, its pixels in a file, not in memory. Copies and unreadable files are left out."""
+    order = random.Random(0).sample(range(len(items)), len(items))  # random, always the same
     kept, contents, broken = [], set(), []
 
     def decode(i):
@@ -434,13 +434,13 @@ def find_images(name, size, root, split):
     except (RuntimeError, OSError) as error:
         user_error(f"{name} is not in {root}, and could not be downloaded: {error}")
     pixels, labels = np.asarray(found.data), np.eye(10, dtype=np.uint8)[list(found.targets)]
-    if name != "cifar10" and size != 28:  # 28 px in a frame of 32: sharper than scaled
+    if name != "cifar10" and size != 28:  # a frame around 28 px: sharper than scaling
         pixels = np.pad(pixels, ((0, 0), (2, 2), (2, 2)))
     return range(len(pixels)), lambda i: Image.fromarray(pixels[i]), labels, found.classes
 
 
 def find_celeba(root, split):
-    """CelebA or a part of it, anywhere below root. Without the table of attributes: no labels."""
+    """CelebA or a part of it, anywhere below root. "train" is the published parts train and val."""
     paths = list_files(root)
     images = {int(path.stem): path for path in paths
               if "img_align_celeba" in path.parts and path.stem.isdecimal()}
@@ -448,7 +448,7 @@ def find_celeba(root, split):
         user_error(f"no img_align_celeba with images below {root}. It and list_attr_celeba.txt are "
                    "at https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html and on Kaggle")
     tables = [p for p in paths if p.name in ("list_attr_celeba.txt", "list_attr_celeba.csv")]
-    text = tables[-1].read_text("utf-8-sig") if tables else ""
+    text = tables[-1].read_text("utf-8-sig") if tables else ""  # then there are no labels
     # A row is "000001.jpg -1 1 ...", or that with commas. The longest line above has the names.
     rows = {int(n): re.findall(r"-?\d", row) for n, row in re.findall(r"(\d+)\.\w+(.*)", text)}
     header = max(re.split(r"\d+\.", text)[0].splitlines(), key=len, default="")
@@ -471,10 +471,10 @@ def find_folder(name):
     folder, known = os.path.abspath(name), Image.registered_extensions()
     parts = {file: file.relative_to(folder).parts for file in list_files(folder)}
     names = sorted({p[0] for p in parts.values() if p[1:] and Path(p[-1]).suffix.lower() in known})
-    for first, *rest in sorted(parts.values(), key=lambda p: p[0].lower() != "train"):  # it first
-        of_a_set = first.lower() in ("train", "test", "val", "valid", "validation")
-        if len(rest) > 1 and (of_a_set or names == [first]):
-            user_error(f"--data {name}: the labels are one folder deeper; give {name}/{first}")
+    for top, *rest in sorted(parts.values(), key=lambda p: p[0].lower() != "train"):  # train first
+        of_a_set = top.lower() in ("train", "test", "val", "valid", "validation")
+        if len(rest) > 1 and (of_a_set or names == [top]):
+            user_error(f"--data {name}: the labels are one folder deeper; give {name}/{top}")
     files = [file for file in parts if parts[file][0] in names or not names]
     if len(files) < len(parts):
         print(f"left out: {len(parts) - len(files)} files that are in no label's folder")
@@ -483,7 +483,7 @@ def find_folder(name):
 
 
 def list_files(folder, above=()):
-    """All files below it; not hidden ones, and not those of runs. Links are followed."""
+    """All files below a folder but hidden ones and those of runs. Links are followed."""
     folder, real, files = Path(folder), os.path.realpath(folder), []
     is_run = (folder / "samples").is_dir() and (folder / "checkpoint.pt").is_file()
     if is_run or real in above:  # a link that leads in a circle
@@ -517,7 +517,7 @@ def draw_face(seed, side, labels):
     pen = ImageDraw.Draw(image)
     x, y, w, h = vary(0.46, 0.54), vary(0.5, 0.56), vary(0.27, 0.32), vary(0.34, 0.39)
 
-    def oval(u, v, ru, rv, fill, start=0, end=360, outline=None):  # centre and radii, in faces
+    def oval(u, v, ru, rv, fill, start=0, end=360, outline=None):  # centre, radii; the face is 1
         box = x + w * (u - ru), y + h * (v - rv), x + w * (u + ru), y + h * (v + rv)
         pen.chord([side * edge for edge in box], start, end, fill, outline, side // 50)
 

@@ -27,8 +27,8 @@ Differs from the paper:
     is 20^2 / (64 * 64 * 3) = 0.033 here, at any image size. PT weighs more beside our energy: a
     third of L_G on photographs of faces, and less than 0.5 % beside the norm
   - G and the learning rate are dcgan.py's
-  - as in dcgan.py, D's fakes serve G's step, too; batches are drawn with replacement; images are
-    drawn with BatchNorm's running averages
+  - as in dcgan.py, D's fakes serve G's step, too; batches are drawn with replacement; pictures are
+    made with BatchNorm's running averages
   - z is as in C. Fabbri, "A Comparative Study of GANs Towards Automatic Image Colorization", 2017,
     whose learning rate is 1e-3. His code has two slips: the cosine is not squared, which rewards
     opposite codes, and there is one energy for a whole batch
@@ -195,7 +195,7 @@ def train(args, data):
         real, _ = sample_batch(data, args.batch, args.device)
         fake = G(sample_z(args.batch))
 
-        # D's step. detach() keeps its gradient out of G. Real and fake images go through D apart:
+        # D's step. detach() keeps its gradient out of G. D sees real and fake images separately:
         # in one batch, BatchNorm would average over both and hide from D how they differ.
         (real_energies, _), (fake_energies, _) = D(real), D(fake.detach())
         loss_D = d_loss(real_energies, fake_energies, args.margin)
@@ -203,8 +203,8 @@ def train(args, data):
         loss_D.backward()
         opt_D.step()
 
-        # G's step, against the improved D. The gradient flows back through D into G; inputs= leaves
-        # D's weights without one.
+        # G's step, against the improved D. The gradient flows back through D into G; with inputs=,
+        # none is computed for D's weights.
         energies, codes = D(fake)
         loss_G = g_loss(energies, codes, args.pull_away)
         opt_G.zero_grad()
@@ -219,8 +219,8 @@ def train(args, data):
 # --- the same in every script from here on --------------------------------------------------------
 
 SCRIPT = Path(__file__).stem
-TORCHRUN = os.environ if "TORCHELASTIC_RUN_ID" in os.environ else {}
-RANK, RANKS = int(TORCHRUN.get("RANK", 0)), int(TORCHRUN.get("WORLD_SIZE", 1))  # which of these
+TORCHRUN = os.environ if "TORCHELASTIC_RUN_ID" in os.environ else {}  # of several processes,
+RANK, RANKS = int(TORCHRUN.get("RANK", 0)), int(TORCHRUN.get("WORLD_SIZE", 1))  # this is RANK
 
 
 def user_error(message):
@@ -230,9 +230,9 @@ def user_error(message):
 
 
 def steps(args, data, draw, to_save, grid=None, measure=lambda: {}):
-    """Yields an empty dict for every training step, which the step fills with numbers (tensors).
+    """What train()'s loop runs over. Every turn gets an empty dict and fills it with numbers.
 
-    After every 1 % of the run it averages them, draws and saves. With --generate it only draws.
+    After every 1 % of the run they are averaged, and all is drawn and saved. --generate only draws.
     draw(n): n images (n, C, size, size) in [-1, 1]. to_save: {name: network or optimiser}.
     grid(): the picture's images (rows, columns, C, size, size), by default 8 x 8 of draw().
     measure(): further columns of losses.csv, {name: number}, by default none.
@@ -254,7 +254,7 @@ def steps(args, data, draw, to_save, grid=None, measure=lambda: {}):
 
     every, numbers, start = math.ceil(total / 100), [], time.perf_counter()
     for step in range(done + 1, total + 1):
-        # Each step has its own seed: a resumed run draws the same numbers as one without a break.
+        # A seed for each step (hash() of ints never changes): a resumed run draws the same numbers.
         torch.manual_seed(hash((args.seed, step, RANK)))
         log = {}
         yield log
@@ -294,7 +294,7 @@ def record(args, data, to_save, rows, picture, last):
     curves.save(out / "curves.png")
     samples, step = out / "samples", rows[-1]["step"]
     save_image(picture.flatten(0, 1) / 2 + 0.5, out / "new.png", nrow=picture.shape[1])
-    os.replace(out / "new.png", samples / f"{step:06}.png")  # half a picture would stop the GIF
+    os.replace(out / "new.png", samples / f"{step:06}.png")  # so samples has whole pictures only
     if last:
         files = sorted(samples.glob("[0-9]*.png"))
         frames = [Image.open(file) for file in [*files[:-1:4], files[-1]]]  # each fourth, the last
@@ -369,8 +369,8 @@ def load_images(name, size, root="data", split="train"):
 
 
 def prepare_images(name, size, items, open_item, labels, names, file):
-    """-> Data, without unreadable files and exact copies. The file holds the pixels, not memory."""
-    order = random.Random(0).sample(range(len(items)), len(items))
+    """-> Data, its pixels in a file, not in memory. Copies and unreadable files are left out."""
+    order = random.Random(0).sample(range(len(items)), len(items))  # random, always the same
     kept, contents, broken = [], set(), []
 
     def decode(i):
@@ -420,13 +420,13 @@ def find_images(name, size, root, split):
     except (RuntimeError, OSError) as error:
         user_error(f"{name} is not in {root}, and could not be downloaded: {error}")
     pixels, labels = np.asarray(found.data), np.eye(10, dtype=np.uint8)[list(found.targets)]
-    if name != "cifar10" and size != 28:  # 28 px in a frame of 32: sharper than scaled
+    if name != "cifar10" and size != 28:  # a frame around 28 px: sharper than scaling
         pixels = np.pad(pixels, ((0, 0), (2, 2), (2, 2)))
     return range(len(pixels)), lambda i: Image.fromarray(pixels[i]), labels, found.classes
 
 
 def find_celeba(root, split):
-    """CelebA or a part of it, anywhere below root. Without the table of attributes: no labels."""
+    """CelebA or a part of it, anywhere below root. "train" is the published parts train and val."""
     paths = list_files(root)
     images = {int(path.stem): path for path in paths
               if "img_align_celeba" in path.parts and path.stem.isdecimal()}
@@ -434,7 +434,7 @@ def find_celeba(root, split):
         user_error(f"no img_align_celeba with images below {root}. It and list_attr_celeba.txt are "
                    "at https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html and on Kaggle")
     tables = [p for p in paths if p.name in ("list_attr_celeba.txt", "list_attr_celeba.csv")]
-    text = tables[-1].read_text("utf-8-sig") if tables else ""
+    text = tables[-1].read_text("utf-8-sig") if tables else ""  # then there are no labels
     # A row is "000001.jpg -1 1 ...", or that with commas. The longest line above has the names.
     rows = {int(n): re.findall(r"-?\d", row) for n, row in re.findall(r"(\d+)\.\w+(.*)", text)}
     header = max(re.split(r"\d+\.", text)[0].splitlines(), key=len, default="")
@@ -457,10 +457,10 @@ def find_folder(name):
     folder, known = os.path.abspath(name), Image.registered_extensions()
     parts = {file: file.relative_to(folder).parts for file in list_files(folder)}
     names = sorted({p[0] for p in parts.values() if p[1:] and Path(p[-1]).suffix.lower() in known})
-    for first, *rest in sorted(parts.values(), key=lambda p: p[0].lower() != "train"):  # it first
-        of_a_set = first.lower() in ("train", "test", "val", "valid", "validation")
-        if len(rest) > 1 and (of_a_set or names == [first]):
-            user_error(f"--data {name}: the labels are one folder deeper; give {name}/{first}")
+    for top, *rest in sorted(parts.values(), key=lambda p: p[0].lower() != "train"):  # train first
+        of_a_set = top.lower() in ("train", "test", "val", "valid", "validation")
+        if len(rest) > 1 and (of_a_set or names == [top]):
+            user_error(f"--data {name}: the labels are one folder deeper; give {name}/{top}")
     files = [file for file in parts if parts[file][0] in names or not names]
     if len(files) < len(parts):
         print(f"left out: {len(parts) - len(files)} files that are in no label's folder")
@@ -469,7 +469,7 @@ def find_folder(name):
 
 
 def list_files(folder, above=()):
-    """All files below it; not hidden ones, and not those of runs. Links are followed."""
+    """All files below a folder but hidden ones and those of runs. Links are followed."""
     folder, real, files = Path(folder), os.path.realpath(folder), []
     is_run = (folder / "samples").is_dir() and (folder / "checkpoint.pt").is_file()
     if is_run or real in above:  # a link that leads in a circle
@@ -503,7 +503,7 @@ def draw_face(seed, side, labels):
     pen = ImageDraw.Draw(image)
     x, y, w, h = vary(0.46, 0.54), vary(0.5, 0.56), vary(0.27, 0.32), vary(0.34, 0.39)
 
-    def oval(u, v, ru, rv, fill, start=0, end=360, outline=None):  # centre and radii, in faces
+    def oval(u, v, ru, rv, fill, start=0, end=360, outline=None):  # centre, radii; the face is 1
         box = x + w * (u - ru), y + h * (v - rv), x + w * (u + ru), y + h * (v + rv)
         pen.chord([side * edge for edge in box], start, end, fill, outline, side // 50)
 

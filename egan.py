@@ -5,7 +5,7 @@ and 4. G and D are DCGAN's (Radford, Metz and Chintala 2015, arXiv 1511.06434).
 
 G has one more input, the number c, which comes to control one attribute of the images: how bright
 they are, how sharp, or whether the mouth is open. An extractor reads the attribute off an image, as
-a number c_hat between 0 and 1. G learns to fool D and, at once, to make images whose c_hat is c.
+a number c_hat between 0 and 1. G learns to fool D and also to make images whose c_hat is c.
 Brightness and sharpness are formulas. Any other attribute is read by a CNN that learns from labels.
 
     w = [z, c]    G's input; in training c is 0 or 1, equally often
@@ -23,12 +23,12 @@ shortens and beards grow as c rises. The face stays, even up to c = 2, which was
 
 Changes from dcgan.py:
   - the input w, with z uniform in [-1, 1]; l_rep in L_G; two steps of G for each step of D
-  - --attribute chooses what c controls. A label's CNN learns before G and D do, as long as they
-    (--extractor pretrain), or step by step along with them (joint)
+  - --attribute chooses what c controls. A label's CNN is trained before G and D, for as many steps
+    as they (--extractor pretrain), or along with them, step by step (joint)
   - pictures: each row has its own z, and from left to right c rises from 0 to --sweep
   - losses.csv has the mean of c_hat at c = 0, 1 and --sweep, and acc(extractor), how often the CNN
     is right on images that it has not seen
-  - --generate N also draws N such rows: sweep-2.png or, with --sweep 5, sweep-5.png
+  - --generate N also draws N such rows, at most 64: sweep-2.png or, with --sweep 5, sweep-5.png
 
 Differs from the paper:
   - the thesis prints L_D without its minus sign, and for a D that says how probable a fake is
@@ -36,7 +36,7 @@ Differs from the paper:
     which G drew the same cartoon face for every z
   - the losses are means, not sums. --rep is 1, as in the thesis, but 5 on the flat cartoon faces
   - the thesis does not tell the CNN's widths, and has two steps of G for DCGAN, not for EGAN
-  - CelebA is cropped to 128x128 pixels, in that code to 108x108; batches are drawn with replacement
+  - CelebA is cropped to 128x128 pixels, not 108x108; batches are drawn with replacement
 
     python egan.py                                                     # cartoon faces, brightness
     python egan.py --data celeba --attribute Male --extractor joint    # photographs of faces
@@ -167,7 +167,7 @@ def sharpness(images):
 FORMULAS = {"brightness": brightness, "sharpness": sharpness}
 
 # --- losses ---------------------------------------------------------------------------------------
-# With D = sigmoid(logit): -log D = softplus(-logit) and -log(1 - D) = softplus(logit).
+# softplus(a) = log(1 + exp(a)), so -log D = softplus(-logit) and -log(1 - D) = softplus(logit).
 
 
 def d_loss(real_logits, fake_logits):
@@ -222,7 +222,7 @@ def build_extractor(args, data):
         known = ", ".join([*FORMULAS, *data.names])
         user_error(f"--attribute {args.attribute}: {args.data} has {known}{hint}")
     extractor = Extractor(data.images.shape[1], args.size).apply(init_weights)
-    extractor.to(args.device).eval()  # BatchNorm mixes images in extractor_step() alone
+    extractor.to(args.device).eval()  # in train mode only while it learns
     opt_extractor = torch.optim.Adam(extractor.parameters(), lr=args.lr, betas=(0.5, 0.999))
     if args.extractor == "pretrain" and not args.checkpoint:  # a checkpoint holds a trained CNN
         pretrain(args, data, extractor, opt_extractor)
@@ -281,7 +281,7 @@ def measure_c_hat(args, G, extractor, unseen):
 
 
 def save_sweeps(args, G, grid):
-    """For --generate: besides single images, one picture in which c is turned."""
+    """For --generate: besides single images, one picture in which c rises along each row."""
     with preview(args, G):
         images = grid(min(args.generate, 64)).flatten(0, 1)
     save_image(images / 2 + 0.5, Path(args.out) / f"sweep-{args.sweep:g}.png", nrow=9)
@@ -317,7 +317,7 @@ def train(args, data):
         w = sample_w(args, args.batch)
         fake = G(w)
 
-        # D's step. detach() keeps its gradient out of G. Real and fake images go through D apart:
+        # D's step. detach() keeps its gradient out of G. D sees real and fake images separately:
         # in one batch, BatchNorm would average over both and hide from D how they differ.
         real_logits, fake_logits = D(real), D(fake.detach())
         loss_D = d_loss(real_logits, fake_logits)
@@ -326,7 +326,7 @@ def train(args, data):
         opt_D.step()
 
         # G's step, against the improved D. The gradient flows back through D and the extractor into
-        # G; inputs= leaves their weights without one.
+        # G; with inputs=, none is computed for their weights.
         for k in range(args.g_steps):
             w = sample_w(args, args.batch) if k > 0 else w
             fake = G(w) if k > 0 else fake
@@ -347,8 +347,8 @@ def train(args, data):
 # --- the same in every script from here on --------------------------------------------------------
 
 SCRIPT = Path(__file__).stem
-TORCHRUN = os.environ if "TORCHELASTIC_RUN_ID" in os.environ else {}
-RANK, RANKS = int(TORCHRUN.get("RANK", 0)), int(TORCHRUN.get("WORLD_SIZE", 1))  # which of these
+TORCHRUN = os.environ if "TORCHELASTIC_RUN_ID" in os.environ else {}  # of several processes,
+RANK, RANKS = int(TORCHRUN.get("RANK", 0)), int(TORCHRUN.get("WORLD_SIZE", 1))  # this is RANK
 
 
 def user_error(message):
@@ -358,9 +358,9 @@ def user_error(message):
 
 
 def steps(args, data, draw, to_save, grid=None, measure=lambda: {}):
-    """Yields an empty dict for every training step, which the step fills with numbers (tensors).
+    """What train()'s loop runs over. Every turn gets an empty dict and fills it with numbers.
 
-    After every 1 % of the run it averages them, draws and saves. With --generate it only draws.
+    After every 1 % of the run they are averaged, and all is drawn and saved. --generate only draws.
     draw(n): n images (n, C, size, size) in [-1, 1]. to_save: {name: network or optimiser}.
     grid(): the picture's images (rows, columns, C, size, size), by default 8 x 8 of draw().
     measure(): further columns of losses.csv, {name: number}, by default none.
@@ -382,7 +382,7 @@ def steps(args, data, draw, to_save, grid=None, measure=lambda: {}):
 
     every, numbers, start = math.ceil(total / 100), [], time.perf_counter()
     for step in range(done + 1, total + 1):
-        # Each step has its own seed: a resumed run draws the same numbers as one without a break.
+        # A seed for each step (hash() of ints never changes): a resumed run draws the same numbers.
         torch.manual_seed(hash((args.seed, step, RANK)))
         log = {}
         yield log
@@ -422,7 +422,7 @@ def record(args, data, to_save, rows, picture, last):
     curves.save(out / "curves.png")
     samples, step = out / "samples", rows[-1]["step"]
     save_image(picture.flatten(0, 1) / 2 + 0.5, out / "new.png", nrow=picture.shape[1])
-    os.replace(out / "new.png", samples / f"{step:06}.png")  # half a picture would stop the GIF
+    os.replace(out / "new.png", samples / f"{step:06}.png")  # so samples has whole pictures only
     if last:
         files = sorted(samples.glob("[0-9]*.png"))
         frames = [Image.open(file) for file in [*files[:-1:4], files[-1]]]  # each fourth, the last
@@ -497,8 +497,8 @@ def load_images(name, size, root="data", split="train"):
 
 
 def prepare_images(name, size, items, open_item, labels, names, file):
-    """-> Data, without unreadable files and exact copies. The file holds the pixels, not memory."""
-    order = random.Random(0).sample(range(len(items)), len(items))
+    """-> Data, its pixels in a file, not in memory. Copies and unreadable files are left out."""
+    order = random.Random(0).sample(range(len(items)), len(items))  # random, always the same
     kept, contents, broken = [], set(), []
 
     def decode(i):
@@ -548,13 +548,13 @@ def find_images(name, size, root, split):
     except (RuntimeError, OSError) as error:
         user_error(f"{name} is not in {root}, and could not be downloaded: {error}")
     pixels, labels = np.asarray(found.data), np.eye(10, dtype=np.uint8)[list(found.targets)]
-    if name != "cifar10" and size != 28:  # 28 px in a frame of 32: sharper than scaled
+    if name != "cifar10" and size != 28:  # a frame around 28 px: sharper than scaling
         pixels = np.pad(pixels, ((0, 0), (2, 2), (2, 2)))
     return range(len(pixels)), lambda i: Image.fromarray(pixels[i]), labels, found.classes
 
 
 def find_celeba(root, split):
-    """CelebA or a part of it, anywhere below root. Without the table of attributes: no labels."""
+    """CelebA or a part of it, anywhere below root. "train" is the published parts train and val."""
     paths = list_files(root)
     images = {int(path.stem): path for path in paths
               if "img_align_celeba" in path.parts and path.stem.isdecimal()}
@@ -562,7 +562,7 @@ def find_celeba(root, split):
         user_error(f"no img_align_celeba with images below {root}. It and list_attr_celeba.txt are "
                    "at https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html and on Kaggle")
     tables = [p for p in paths if p.name in ("list_attr_celeba.txt", "list_attr_celeba.csv")]
-    text = tables[-1].read_text("utf-8-sig") if tables else ""
+    text = tables[-1].read_text("utf-8-sig") if tables else ""  # then there are no labels
     # A row is "000001.jpg -1 1 ...", or that with commas. The longest line above has the names.
     rows = {int(n): re.findall(r"-?\d", row) for n, row in re.findall(r"(\d+)\.\w+(.*)", text)}
     header = max(re.split(r"\d+\.", text)[0].splitlines(), key=len, default="")
@@ -585,10 +585,10 @@ def find_folder(name):
     folder, known = os.path.abspath(name), Image.registered_extensions()
     parts = {file: file.relative_to(folder).parts for file in list_files(folder)}
     names = sorted({p[0] for p in parts.values() if p[1:] and Path(p[-1]).suffix.lower() in known})
-    for first, *rest in sorted(parts.values(), key=lambda p: p[0].lower() != "train"):  # it first
-        of_a_set = first.lower() in ("train", "test", "val", "valid", "validation")
-        if len(rest) > 1 and (of_a_set or names == [first]):
-            user_error(f"--data {name}: the labels are one folder deeper; give {name}/{first}")
+    for top, *rest in sorted(parts.values(), key=lambda p: p[0].lower() != "train"):  # train first
+        of_a_set = top.lower() in ("train", "test", "val", "valid", "validation")
+        if len(rest) > 1 and (of_a_set or names == [top]):
+            user_error(f"--data {name}: the labels are one folder deeper; give {name}/{top}")
     files = [file for file in parts if parts[file][0] in names or not names]
     if len(files) < len(parts):
         print(f"left out: {len(parts) - len(files)} files that are in no label's folder")
@@ -597,7 +597,7 @@ def find_folder(name):
 
 
 def list_files(folder, above=()):
-    """All files below it; not hidden ones, and not those of runs. Links are followed."""
+    """All files below a folder but hidden ones and those of runs. Links are followed."""
     folder, real, files = Path(folder), os.path.realpath(folder), []
     is_run = (folder / "samples").is_dir() and (folder / "checkpoint.pt").is_file()
     if is_run or real in above:  # a link that leads in a circle
@@ -631,7 +631,7 @@ def draw_face(seed, side, labels):
     pen = ImageDraw.Draw(image)
     x, y, w, h = vary(0.46, 0.54), vary(0.5, 0.56), vary(0.27, 0.32), vary(0.34, 0.39)
 
-    def oval(u, v, ru, rv, fill, start=0, end=360, outline=None):  # centre and radii, in faces
+    def oval(u, v, ru, rv, fill, start=0, end=360, outline=None):  # centre, radii; the face is 1
         box = x + w * (u - ru), y + h * (v - rv), x + w * (u + ru), y + h * (v + rv)
         pen.chord([side * edge for edge in box], start, end, fill, outline, side // 50)
 

@@ -563,8 +563,8 @@ def load_images(name, size, root="data", split="train"):
 
 
 def prepare_images(name, size, items, open_item, labels, names, file):
-    """-> Data, without unreadable files and exact copies. The file holds the pixels, not memory."""
-    order = random.Random(0).sample(range(len(items)), len(items))
+    """-> Data, its pixels in a file, not in memory. Copies and unreadable files are left out."""
+    order = random.Random(0).sample(range(len(items)), len(items))  # random, always the same
     kept, contents, broken = [], set(), []
 
     def decode(i):
@@ -614,13 +614,13 @@ def find_images(name, size, root, split):
     except (RuntimeError, OSError) as error:
         user_error(f"{name} is not in {root}, and could not be downloaded: {error}")
     pixels, labels = np.asarray(found.data), np.eye(10, dtype=np.uint8)[list(found.targets)]
-    if name != "cifar10" and size != 28:  # 28 px in a frame of 32: sharper than scaled
+    if name != "cifar10" and size != 28:  # a frame around 28 px: sharper than scaling
         pixels = np.pad(pixels, ((0, 0), (2, 2), (2, 2)))
     return range(len(pixels)), lambda i: Image.fromarray(pixels[i]), labels, found.classes
 
 
 def find_celeba(root, split):
-    """CelebA or a part of it, anywhere below root. Without the table of attributes: no labels."""
+    """CelebA or a part of it, anywhere below root. "train" is the published parts train and val."""
     paths = list_files(root)
     images = {int(path.stem): path for path in paths
               if "img_align_celeba" in path.parts and path.stem.isdecimal()}
@@ -628,7 +628,7 @@ def find_celeba(root, split):
         user_error(f"no img_align_celeba with images below {root}. It and list_attr_celeba.txt are "
                    "at https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html and on Kaggle")
     tables = [p for p in paths if p.name in ("list_attr_celeba.txt", "list_attr_celeba.csv")]
-    text = tables[-1].read_text("utf-8-sig") if tables else ""
+    text = tables[-1].read_text("utf-8-sig") if tables else ""  # then there are no labels
     # A row is "000001.jpg -1 1 ...", or that with commas. The longest line above has the names.
     rows = {int(n): re.findall(r"-?\d", row) for n, row in re.findall(r"(\d+)\.\w+(.*)", text)}
     header = max(re.split(r"\d+\.", text)[0].splitlines(), key=len, default="")
@@ -651,10 +651,10 @@ def find_folder(name):
     folder, known = os.path.abspath(name), Image.registered_extensions()
     parts = {file: file.relative_to(folder).parts for file in list_files(folder)}
     names = sorted({p[0] for p in parts.values() if p[1:] and Path(p[-1]).suffix.lower() in known})
-    for first, *rest in sorted(parts.values(), key=lambda p: p[0].lower() != "train"):  # it first
-        of_a_set = first.lower() in ("train", "test", "val", "valid", "validation")
-        if len(rest) > 1 and (of_a_set or names == [first]):
-            user_error(f"--data {name}: the labels are one folder deeper; give {name}/{first}")
+    for top, *rest in sorted(parts.values(), key=lambda p: p[0].lower() != "train"):  # train first
+        of_a_set = top.lower() in ("train", "test", "val", "valid", "validation")
+        if len(rest) > 1 and (of_a_set or names == [top]):
+            user_error(f"--data {name}: the labels are one folder deeper; give {name}/{top}")
     files = [file for file in parts if parts[file][0] in names or not names]
     if len(files) < len(parts):
         print(f"left out: {len(parts) - len(files)} files that are in no label's folder")
@@ -663,7 +663,7 @@ def find_folder(name):
 
 
 def list_files(folder, above=()):
-    """All files below it; not hidden ones, and not those of runs. Links are followed."""
+    """All files below a folder but hidden ones and those of runs. Links are followed."""
     folder, real, files = Path(folder), os.path.realpath(folder), []
     is_run = (folder / "samples").is_dir() and (folder / "checkpoint.pt").is_file()
     if is_run or real in above:  # a link that leads in a circle
@@ -697,7 +697,7 @@ def draw_face(seed, side, labels):
     pen = ImageDraw.Draw(image)
     x, y, w, h = vary(0.46, 0.54), vary(0.5, 0.56), vary(0.27, 0.32), vary(0.34, 0.39)
 
-    def oval(u, v, ru, rv, fill, start=0, end=360, outline=None):  # centre and radii, in faces
+    def oval(u, v, ru, rv, fill, start=0, end=360, outline=None):  # centre, radii; the face is 1
         box = x + w * (u - ru), y + h * (v - rv), x + w * (u + ru), y + h * (v + rv)
         pen.chord([side * edge for edge in box], start, end, fill, outline, side // 50)
 

@@ -19,7 +19,7 @@ says the paper). WGAN-GP penalises D's gradient instead (Gulrajani et al. 2017, 
 
 Changes from dcgan.py:
   - the losses: means of D's outputs, which are scores and not logits
-  - D makes --critic-steps steps, each on new images, for one step of G; no --g-steps
+  - D makes --critic-steps steps for one step of G, each step on new images; no --g-steps
   - D's weights are clipped after each of its steps (--clip)
   - RMSprop with learning rate 5e-5: Adam's momentum made training unstable, says the paper
   - losses.csv has W in place of D(x) and D(G(z))
@@ -29,7 +29,7 @@ Differs from the paper:
     is up to 240 times as large, and RMSprop would remember it for a thousand steps
   - the paper's code makes 100 steps of D for each of G's first 25 steps and for every 500th
   - an epoch counts G's images; the paper's code counts D's, so that its 25 epochs are five of ours
-  - as in dcgan.py, batches are drawn with replacement, and images with BatchNorm's running averages
+  - as in dcgan.py, batches are drawn with replacement; pictures have BatchNorm's running averages
   - C. Fabbri, "A Comparative Study of GANs Towards Automatic Image Colorization", 2017, found a
     clip of 0.05 better; his code has 0.005
 
@@ -147,7 +147,7 @@ def clip(D, c):
 def add_arguments(parser):
     """This paper's defaults and its own flags. Returns the defaults that differ on cartoon."""
     parser.set_defaults(lr=5e-5, batch=64, epochs=25)
-    parser.epilog = "--lr, --batch, --clip and --critic-steps are the paper's, --epochs its code's."
+    parser.epilog = "--lr, --batch, --clip and --critic-steps are the paper's."
     add = parser.add_argument
     add("--width", type=int, default=64, help="feature maps at half the image's size (64)")
     add("--clip", type=float, default=0.01, help="c, the largest weight of D (0.01)")
@@ -176,8 +176,8 @@ def train(args, data):
             real, _ = sample_batch(data, args.batch, args.device)
             fake = G(sample_z(args.batch))
 
-            # D's step. detach() keeps its gradient out of G. Real and fake images go through D
-            # apart: in one batch, BatchNorm would average over both and hide how they differ.
+            # D's step. detach() keeps its gradient out of G. D sees reals and fakes separately: in
+            # one batch, BatchNorm would average over both and hide from D how they differ.
             real_scores, fake_scores = D(real), D(fake.detach())
             loss_D = d_loss(real_scores, fake_scores)
             opt_D.zero_grad()
@@ -185,8 +185,8 @@ def train(args, data):
             opt_D.step()
             clip(D, args.clip)
 
-        # G's step, against the improved D. The gradient flows back through D into G; inputs= leaves
-        # D's weights without one.
+        # G's step, against the improved D. The gradient flows back through D into G; with inputs=,
+        # none is computed for D's weights.
         loss_G = g_loss(D(G(sample_z(args.batch))))
         opt_G.zero_grad()
         loss_G.backward(inputs=list(G.parameters()))
@@ -199,8 +199,8 @@ def train(args, data):
 # --- the same in every script from here on --------------------------------------------------------
 
 SCRIPT = Path(__file__).stem
-TORCHRUN = os.environ if "TORCHELASTIC_RUN_ID" in os.environ else {}
-RANK, RANKS = int(TORCHRUN.get("RANK", 0)), int(TORCHRUN.get("WORLD_SIZE", 1))  # which of these
+TORCHRUN = os.environ if "TORCHELASTIC_RUN_ID" in os.environ else {}  # of several processes,
+RANK, RANKS = int(TORCHRUN.get("RANK", 0)), int(TORCHRUN.get("WORLD_SIZE", 1))  # this is RANK
 
 
 def user_error(message):
@@ -210,9 +210,9 @@ def user_error(message):
 
 
 def steps(args, data, draw, to_save, grid=None, measure=lambda: {}):
-    """Yields an empty dict for every training step, which the step fills with numbers (tensors).
+    """What train()'s loop runs over. Every turn gets an empty dict and fills it with numbers.
 
-    After every 1 % of the run it averages them, draws and saves. With --generate it only draws.
+    After every 1 % of the run they are averaged, and all is drawn and saved. --generate only draws.
     draw(n): n images (n, C, size, size) in [-1, 1]. to_save: {name: network or optimiser}.
     grid(): the picture's images (rows, columns, C, size, size), by default 8 x 8 of draw().
     measure(): further columns of losses.csv, {name: number}, by default none.
@@ -234,7 +234,7 @@ def steps(args, data, draw, to_save, grid=None, measure=lambda: {}):
 
     every, numbers, start = math.ceil(total / 100), [], time.perf_counter()
     for step in range(done + 1, total + 1):
-        # Each step has its own seed: a resumed run draws the same numbers as one without a break.
+        # A seed for each step (hash() of ints never changes): a resumed run draws the same numbers.
         torch.manual_seed(hash((args.seed, step, RANK)))
         log = {}
         yield log
@@ -274,7 +274,7 @@ def record(args, data, to_save, rows, picture, last):
     curves.save(out / "curves.png")
     samples, step = out / "samples", rows[-1]["step"]
     save_image(picture.flatten(0, 1) / 2 + 0.5, out / "new.png", nrow=picture.shape[1])
-    os.replace(out / "new.png", samples / f"{step:06}.png")  # half a picture would stop the GIF
+    os.replace(out / "new.png", samples / f"{step:06}.png")  # so samples has whole pictures only
     if last:
         files = sorted(samples.glob("[0-9]*.png"))
         frames = [Image.open(file) for file in [*files[:-1:4], files[-1]]]  # each fourth, the last
@@ -349,8 +349,8 @@ def load_images(name, size, root="data", split="train"):
 
 
 def prepare_images(name, size, items, open_item, labels, names, file):
-    """-> Data, without unreadable files and exact copies. The file holds the pixels, not memory."""
-    order = random.Random(0).sample(range(len(items)), len(items))
+    """-> Data, its pixels in a file, not in memory. Copies and unreadable files are left out."""
+    order = random.Random(0).sample(range(len(items)), len(items))  # random, always the same
     kept, contents, broken = [], set(), []
 
     def decode(i):
@@ -400,13 +400,13 @@ def find_images(name, size, root, split):
     except (RuntimeError, OSError) as error:
         user_error(f"{name} is not in {root}, and could not be downloaded: {error}")
     pixels, labels = np.asarray(found.data), np.eye(10, dtype=np.uint8)[list(found.targets)]
-    if name != "cifar10" and size != 28:  # 28 px in a frame of 32: sharper than scaled
+    if name != "cifar10" and size != 28:  # a frame around 28 px: sharper than scaling
         pixels = np.pad(pixels, ((0, 0), (2, 2), (2, 2)))
     return range(len(pixels)), lambda i: Image.fromarray(pixels[i]), labels, found.classes
 
 
 def find_celeba(root, split):
-    """CelebA or a part of it, anywhere below root. Without the table of attributes: no labels."""
+    """CelebA or a part of it, anywhere below root. "train" is the published parts train and val."""
     paths = list_files(root)
     images = {int(path.stem): path for path in paths
               if "img_align_celeba" in path.parts and path.stem.isdecimal()}
@@ -414,7 +414,7 @@ def find_celeba(root, split):
         user_error(f"no img_align_celeba with images below {root}. It and list_attr_celeba.txt are "
                    "at https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html and on Kaggle")
     tables = [p for p in paths if p.name in ("list_attr_celeba.txt", "list_attr_celeba.csv")]
-    text = tables[-1].read_text("utf-8-sig") if tables else ""
+    text = tables[-1].read_text("utf-8-sig") if tables else ""  # then there are no labels
     # A row is "000001.jpg -1 1 ...", or that with commas. The longest line above has the names.
     rows = {int(n): re.findall(r"-?\d", row) for n, row in re.findall(r"(\d+)\.\w+(.*)", text)}
     header = max(re.split(r"\d+\.", text)[0].splitlines(), key=len, default="")
@@ -437,10 +437,10 @@ def find_folder(name):
     folder, known = os.path.abspath(name), Image.registered_extensions()
     parts = {file: file.relative_to(folder).parts for file in list_files(folder)}
     names = sorted({p[0] for p in parts.values() if p[1:] and Path(p[-1]).suffix.lower() in known})
-    for first, *rest in sorted(parts.values(), key=lambda p: p[0].lower() != "train"):  # it first
-        of_a_set = first.lower() in ("train", "test", "val", "valid", "validation")
-        if len(rest) > 1 and (of_a_set or names == [first]):
-            user_error(f"--data {name}: the labels are one folder deeper; give {name}/{first}")
+    for top, *rest in sorted(parts.values(), key=lambda p: p[0].lower() != "train"):  # train first
+        of_a_set = top.lower() in ("train", "test", "val", "valid", "validation")
+        if len(rest) > 1 and (of_a_set or names == [top]):
+            user_error(f"--data {name}: the labels are one folder deeper; give {name}/{top}")
     files = [file for file in parts if parts[file][0] in names or not names]
     if len(files) < len(parts):
         print(f"left out: {len(parts) - len(files)} files that are in no label's folder")
@@ -449,7 +449,7 @@ def find_folder(name):
 
 
 def list_files(folder, above=()):
-    """All files below it; not hidden ones, and not those of runs. Links are followed."""
+    """All files below a folder but hidden ones and those of runs. Links are followed."""
     folder, real, files = Path(folder), os.path.realpath(folder), []
     is_run = (folder / "samples").is_dir() and (folder / "checkpoint.pt").is_file()
     if is_run or real in above:  # a link that leads in a circle
@@ -483,7 +483,7 @@ def draw_face(seed, side, labels):
     pen = ImageDraw.Draw(image)
     x, y, w, h = vary(0.46, 0.54), vary(0.5, 0.56), vary(0.27, 0.32), vary(0.34, 0.39)
 
-    def oval(u, v, ru, rv, fill, start=0, end=360, outline=None):  # centre and radii, in faces
+    def oval(u, v, ru, rv, fill, start=0, end=360, outline=None):  # centre, radii; the face is 1
         box = x + w * (u - ru), y + h * (v - rv), x + w * (u + ru), y + h * (v + rv)
         pen.chord([side * edge for edge in box], start, end, fill, outline, side // 50)
 
