@@ -17,9 +17,9 @@ differs from the data's, the Pearson chi^2 divergence (Sec. 3.2). Nearly all els
 
 Changes from dcgan.py:
   - the losses: squares of D's outputs, which are scores and not logits
-  - D's last weights begin ten times smaller, so that scores begin near 0. With dcgan.py's start they
-    began between -1 and 3 at 64 px, then jumped from one side of G's target to the other. G was told
-    to go up, then down, and drew noise for 400 to 3,000 steps
+  - D's last weights begin ten times smaller, so that scores begin near 0. With dcgan.py's start
+    they began between -1 and 3 at 64 px, then jumped from one side of G's target to the other. G
+    was told to go up, then down, and drew noise for 400 to 3,000 steps
   - --labels sets a, b and c; no --g-steps
   - D(x) and D(G(z)) in losses.csv are mean scores, not probabilities
 
