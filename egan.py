@@ -23,7 +23,7 @@ shortens and beards grow as c rises. The face stays, even up to c = 2, which was
 
 Changes from dcgan.py:
   - the input w, with z uniform in [-1, 1]; l_rep in L_G; two steps of G for each step of D
-  - --attribute chooses what c controls. A label's CNN is trained before G and D, for as many steps
+  - --attribute chooses what c controls. A label's CNN is trained before G and D, for as many epochs
     as they (--extractor pretrain), or along with them, step by step (joint)
   - pictures: each row has its own z, and from left to right c rises from 0 to --sweep
   - losses.csv has the mean of c_hat at c = 0, 1 and --sweep, and acc(extractor), how often the CNN
@@ -270,9 +270,9 @@ def sweep(G, rows, c):
 
 def measure_c_hat(args, G, extractor, unseen):
     """For losses.csv: the mean of c_hat over 64 z at c = 0, 1 and --sweep; the CNN's accuracy."""
-    c = torch.tensor(sorted({0.0, 1.0, args.sweep}), device=args.device)
-    c_hat = extractor(sweep(G, 64, c).flatten(0, 1)).sigmoid().unflatten(0, (64, -1)).mean(0)
-    columns = {f"c_hat(c={value:g})": mean for value, mean in zip(c.tolist(), c_hat.tolist())}
+    c = torch.tensor([0, 1, args.sweep], device=args.device)
+    c_hat = extractor(sweep(G, 64, c).flatten(0, 1)).sigmoid().unflatten(0, (64, 3)).mean(0)
+    columns = dict(zip(("c_hat(c=0)", "c_hat(c=1)", "c_hat(c=sweep)"), c_hat.tolist()))
     if args.attribute not in FORMULAS:
         labels = unseen.labels[:, unseen.names.index(args.attribute)].to(args.device)
         right = (extractor(unseen.images.to(args.device) / 127.5 - 1) > 0) == labels
@@ -367,6 +367,8 @@ def steps(args, data, draw, to_save, grid=None, measure=lambda: {}):
     """
     saved, out, batch = args.checkpoint, Path(args.out), args.batch * RANKS
     for name, state in saved.get("state", {}).items():
+        if name.startswith("opt"):
+            state["param_groups"][0]["lr"] = to_save[name].defaults["lr"]  # --lr may be another now
         to_save[name].load_state_dict(state)
     if args.generate:
         return generate(args, draw, to_save["G"])  # and yield nothing: train()'s loop ends
@@ -599,11 +601,11 @@ def find_folder(name):
 def list_files(folder, above=()):
     """All files below a folder but hidden ones and those of runs. Links are followed."""
     folder, real, files = Path(folder), os.path.realpath(folder), []
-    is_run = (folder / "samples").is_dir() and (folder / "checkpoint.pt").is_file()
+    is_run = os.path.isdir(folder / "samples") and os.path.isfile(folder / "checkpoint.pt")
     if is_run or real in above:  # a link that leads in a circle
         return []
     for path in sorted(folder.glob("[!.]*")):
-        files += [path] if path.is_file() else list_files(path, [*above, real])
+        files += [path] if os.path.isfile(path) else list_files(path, [*above, real])
     return files
 
 

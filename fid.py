@@ -34,8 +34,8 @@ Differs from pytorch-fid (same network, weights and resizing, so the numbers agr
     are transparent, 16 bits scaled to 8; unreadable files are left out and counted
 Differs from clean-fid's own mode: that one resizes with an antialiased bicubic filter.
 Differs from Espis and Potrimba:
-  - their accuracy of 97 % is that on deformed images alone, because they split the data before they
-    shuffled it; here both kinds are held out, and both accuracies are given
+  - their accuracy of 97 % is that on deformed images alone, because they split the data in its
+    unshuffled order; here both kinds are held out, and both accuracies are given
   - the colours of an image are deformed alike, so that no colour fringes give it away
   - on 6,000 faces of CelebA the network had learned next to nothing after 12 of its 100 epochs; at
     ten times its rate it learned from the fourth epoch on
@@ -220,7 +220,7 @@ def load_inception(path, device):
             torch.hub.load_state_dict_from_url(URL, check_hash=True, weights_only=True)
         net = build_inception(torch.load(file, map_location="cpu", weights_only=True))
     except Exception as error:  # another file can make torch.load raise anything
-        user_error(f"{file} does not hold the weights of this network: {error!r:.120}. "
+        user_error(f"no weights of this network in {file}: {error!r:.120}. "
                    f"They are at {URL}; put them there, or name their file by --weights")
     return net.to(device), hashlib.sha256(file.read_bytes()).hexdigest()[:8]
 
@@ -665,11 +665,11 @@ def find_folder(name):
 def list_files(folder, above=()):
     """All files below a folder but hidden ones and those of runs. Links are followed."""
     folder, real, files = Path(folder), os.path.realpath(folder), []
-    is_run = (folder / "samples").is_dir() and (folder / "checkpoint.pt").is_file()
+    is_run = os.path.isdir(folder / "samples") and os.path.isfile(folder / "checkpoint.pt")
     if is_run or real in above:  # a link that leads in a circle
         return []
     for path in sorted(folder.glob("[!.]*")):
-        files += [path] if path.is_file() else list_files(path, [*above, real])
+        files += [path] if os.path.isfile(path) else list_files(path, [*above, real])
     return files
 
 

@@ -18,8 +18,8 @@ differs from the data's, the Pearson chi^2 divergence (Sec. 3.2). Nearly all els
 Changes from dcgan.py:
   - the losses: squares of D's outputs, which are scores and not logits
   - D's last weights begin ten times smaller, so that scores begin near 0. With dcgan.py's start
-    they began between -1 and 3 at 64 px, then jumped from one side of G's target to the other. G
-    was told to go up, then down, and drew noise for 400 to 3,000 steps
+    they began up to 4 away from it at 64 px, and jumped from one side of G's target to the other.
+    G was told to go up, then down, and drew noise for 400 to 3,000 steps
   - --labels sets a, b and c; no --g-steps
   - D(x) and D(G(z)) in losses.csv are mean scores, not probabilities
 
@@ -139,7 +139,7 @@ def g_loss(fake_scores, c):
 def add_arguments(parser):
     """This paper's defaults and its own flags. Returns the defaults that differ on cartoon."""
     parser.set_defaults(lr=2e-4, batch=64, epochs=25)
-    parser.epilog = "--labels are the paper's, the others dcgan.py's (but --lr on cartoon)."
+    parser.epilog = "--labels are the paper's, the rest dcgan.py's but for cartoon."
     add = parser.add_argument
     add("--width", type=int, default=64, help="feature maps at half the image's size (64)")
     add("--labels", type=float, nargs=3, default=[0, 1, 1], help="a, b and c (0 1 1)")
@@ -210,6 +210,8 @@ def steps(args, data, draw, to_save, grid=None, measure=lambda: {}):
     """
     saved, out, batch = args.checkpoint, Path(args.out), args.batch * RANKS
     for name, state in saved.get("state", {}).items():
+        if name.startswith("opt"):
+            state["param_groups"][0]["lr"] = to_save[name].defaults["lr"]  # --lr may be another now
         to_save[name].load_state_dict(state)
     if args.generate:
         return generate(args, draw, to_save["G"])  # and yield nothing: train()'s loop ends
@@ -442,11 +444,11 @@ def find_folder(name):
 def list_files(folder, above=()):
     """All files below a folder but hidden ones and those of runs. Links are followed."""
     folder, real, files = Path(folder), os.path.realpath(folder), []
-    is_run = (folder / "samples").is_dir() and (folder / "checkpoint.pt").is_file()
+    is_run = os.path.isdir(folder / "samples") and os.path.isfile(folder / "checkpoint.pt")
     if is_run or real in above:  # a link that leads in a circle
         return []
     for path in sorted(folder.glob("[!.]*")):
-        files += [path] if path.is_file() else list_files(path, [*above, real])
+        files += [path] if os.path.isfile(path) else list_files(path, [*above, real])
     return files
 
 

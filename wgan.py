@@ -219,6 +219,8 @@ def steps(args, data, draw, to_save, grid=None, measure=lambda: {}):
     """
     saved, out, batch = args.checkpoint, Path(args.out), args.batch * RANKS
     for name, state in saved.get("state", {}).items():
+        if name.startswith("opt"):
+            state["param_groups"][0]["lr"] = to_save[name].defaults["lr"]  # --lr may be another now
         to_save[name].load_state_dict(state)
     if args.generate:
         return generate(args, draw, to_save["G"])  # and yield nothing: train()'s loop ends
@@ -451,11 +453,11 @@ def find_folder(name):
 def list_files(folder, above=()):
     """All files below a folder but hidden ones and those of runs. Links are followed."""
     folder, real, files = Path(folder), os.path.realpath(folder), []
-    is_run = (folder / "samples").is_dir() and (folder / "checkpoint.pt").is_file()
+    is_run = os.path.isdir(folder / "samples") and os.path.isfile(folder / "checkpoint.pt")
     if is_run or real in above:  # a link that leads in a circle
         return []
     for path in sorted(folder.glob("[!.]*")):
-        files += [path] if path.is_file() else list_files(path, [*above, real])
+        files += [path] if os.path.isfile(path) else list_files(path, [*above, real])
     return files
 
 

@@ -70,14 +70,9 @@ def test_pictures_and_rows_leave_no_trace_in_the_weights(module, alone, tiny, mo
 
 def test_nan_ends_the_run_and_the_last_checkpoint_stays(module, alone, tiny, capsys):
     assert call(module, "--steps", 1, *tiny, "--out", "run") == 0
-    saved = torch.load("run/checkpoint.pt")
-    for part in saved["state"].values():
-        for group in part.get("param_groups", []):
-            group["lr"] = float("nan")
-    torch.save(saved, "run/checkpoint.pt")
     before = tree("run")
     capsys.readouterr()
-    assert call(module, "--resume", "--steps", 20, "--out", "run") == 2
+    assert call(module, "--resume", "--steps", 20, "--lr", 1e38, "--out", "run") == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "not finite" in error
     assert tree("run") == before
@@ -149,6 +144,16 @@ def test_ctrl_c_ends_at_once_without_a_traceback_and_resume_goes_on(tmp_path, mo
     step = torch.load("runs/dcgan-cartoon/checkpoint.pt")["step"]
     assert call(dcgan, "--resume", "--steps", step + 1) == 0
     assert torch.load("runs/dcgan-cartoon/checkpoint.pt")["step"] == step + 1
+
+
+def test_resume_takes_another_learning_rate(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert call(dcgan, "--steps", 1, *SMALL, "--lr", 1e-3, "--out", "run") == 0
+    for flags, rate in [([], 1e-3), (["--lr", 1e-4], 1e-4)]:
+        step = torch.load("run/checkpoint.pt")["step"] + 1
+        assert call(dcgan, "--resume", "--steps", step, *flags, "--out", "run") == 0
+        state = torch.load("run/checkpoint.pt")["state"]
+        assert [state[opt]["param_groups"][0]["lr"] for opt in ("opt_G", "opt_D")] == [rate, rate]
 
 
 def test_a_run_is_never_overwritten(tmp_path, monkeypatch, capsys):
