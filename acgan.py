@@ -16,7 +16,7 @@ If every image has one label, its class, P is a softmax over the classes. Attrib
 smiling, young, ...) do not exclude each other: each has a sigmoid, and log P is the mean over them.
 
 Watch acc(x) and acc(G(z)), how often the second head is right on real and fake images; acc(guess)
-is for always guessing the more frequent value. While acc(x) is no higher, it cannot teach G.
+is for always guessing the more frequent value. While acc(x) is no higher, that head teaches nothing.
 
 In the networks, spectral norm (arXiv 1802.05957) divides the matrix of a convolution by its largest
 singular value, the most that it stretches any vector: this bounds D's slope. Pixel norm (arXiv
@@ -345,7 +345,7 @@ def user_error(message):
 
 
 def steps(args, data, draw, to_save, grid=None, measure=lambda: {}):
-    """What train()'s loop runs over. Every turn gets an empty dict and fills it with numbers.
+    """What train()'s loop runs over. Each turn gets an empty dict, to fill with numbers (tensors).
 
     After every 1 % of the run they are averaged, and all is drawn and saved. --generate only draws.
     draw(n): n images (n, C, size, size) in [-1, 1]. to_save: {name: network or optimiser}.

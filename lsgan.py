@@ -201,7 +201,7 @@ def user_error(message):
 
 
 def steps(args, data, draw, to_save, grid=None, measure=lambda: {}):
-    """What train()'s loop runs over. Every turn gets an empty dict and fills it with numbers.
+    """What train()'s loop runs over. Each turn gets an empty dict, to fill with numbers (tensors).
 
     After every 1 % of the run they are averaged, and all is drawn and saved. --generate only draws.
     draw(n): n images (n, C, size, size) in [-1, 1]. to_save: {name: network or optimiser}.
