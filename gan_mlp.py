@@ -417,15 +417,17 @@ def find_folder(name):
     return files, open_image, labels.reshape(len(files), len(names)), names
 
 
-def list_files(folder, above=()):
-    """All files below a folder but hidden ones and those of runs. Links are followed."""
-    folder, real, files = Path(folder), os.path.realpath(folder), []
-    is_run = os.path.isdir(folder / "samples") and os.path.isfile(folder / "checkpoint.pt")
-    if is_run or real in above:  # a link that leads in a circle
-        return []
-    for path in sorted(folder.glob("[!.]*")):
-        files += [path] if os.path.isfile(path) else list_files(path, [*above, real])
-    return files
+def list_files(folder):
+    """All files below a folder but hidden ones, prepared sets, and runs. Links are followed."""
+    found, visited = [], set()
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(parent)
+        if real in visited or ("samples" in folders and "real.png" in files):  # a circle; a run
+            folders[:], files = [], []  # os.walk() goes on with what is left in folders
+        visited.add(real)
+        folders[:] = sorted(name for name in folders if name[0] != ".")
+        found += [Path(parent, name) for name in files if name[0] != "." and name[-3:] != ".pt"]
+    return sorted(filter(os.path.isfile, found), key=str)
 
 
 def open_image(path):

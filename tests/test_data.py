@@ -493,7 +493,7 @@ def test_a_linked_class_has_the_links_own_name(tmp_path):
     assert prepared(tmp_path / "link").names == ["cat", "dog"]
 
 
-LINKS = [("all", "."), ("cat/up", ".."), ("dog/self", "."), ("x", "x")]
+LINKS = [("all", "."), ("cat/up", ".."), ("dog/self", "."), ("x", "x"), ("long", 300 * "x")]
 
 
 @pytest.mark.parametrize(("link", "target"), LINKS)
@@ -512,6 +512,19 @@ def test_a_run_inside_the_folder_is_not_read_but_a_class_with_a_checkpoint_is(tm
         (tmp_path / "own" / folder / "checkpoint.pt").write_bytes(b"")
     data = prepared(tmp_path / "own")
     assert data.names == ["cat", "dog"] and len(data.images) == 2
+
+
+def test_a_run_and_its_prepared_data_inside_the_folder_are_no_data(tmp_path, monkeypatch, capsys):
+    """As for "cd pictures; python dcgan.py --data .", also if the run was stopped early."""
+    pictures(tmp_path, "1.png", "2.png", "3.png")
+    monkeypatch.chdir(tmp_path)
+    first = dcgan.load_images(".", 16)
+    pictures(tmp_path, "runs/mine/real.png")
+    (tmp_path / "runs/mine/samples").mkdir()
+    again = dcgan.load_images(".", 16)
+    assert torch.equal(first.images, again.images) and again.names == []
+    assert len(list((tmp_path / "data/prepared").iterdir())) == 1
+    assert "left out" not in capsys.readouterr().out
 
 
 # --- the prepared tensor --------------------------------------------------------------------------
