@@ -143,6 +143,19 @@ def test_a_killed_process_ends_the_run_and_resume_is_exact(whole, tmp_path):
     assert len(list((tmp_path / "run" / "generated").iterdir())) == 3
 
 
+@pytest.mark.parametrize(("rank", "expected"), [(0, ["data", "wait"]), (1, ["wait", "data"])])
+def test_the_first_process_prepares_the_data_while_the_others_wait(rank, expected, monkeypatch):
+    dcgan, done = load(HERE / "dcgan.py"), []
+    monkeypatch.setattr(dcgan, "RANK", rank)
+    monkeypatch.setattr(dcgan, "RANKS", 2)
+    monkeypatch.setattr(dcgan, "get_data", lambda args: done.append("data") or "some")
+    monkeypatch.setattr(dcgan.distributed, "init_process_group", lambda kind: done.append("wait"))
+    monkeypatch.setattr(dcgan.distributed, "destroy_process_group", lambda: None)
+    monkeypatch.setattr(dcgan, "register_optimizer_step_pre_hook", lambda hook: None)
+    monkeypatch.setattr(dcgan, "train", lambda args, data: None)
+    assert call(dcgan, *TINY, "--out", "no-such-run") == 0 and done == expected
+
+
 @pytest.mark.parametrize("left_over", [
     {"RANK": "3"}, {"RANK": ""}, {"WORLD_SIZE": "2"}, {"RANK": "1", "WORLD_SIZE": "2"}])
 def test_what_a_scheduler_leaves_in_the_environment_is_not_torchrun(left_over, monkeypatch):
