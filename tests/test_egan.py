@@ -180,6 +180,14 @@ def test_g_learns_to_make_images_whose_c_hat_is_c(monkeypatch):
     assert numbers["c_hat(c=1)"] > numbers["c_hat(c=0)"] + 0.2
 
 
+def test_c_hat_is_measured_at_0_at_1_and_at_the_end_of_the_sweep(monkeypatch):
+    run = run_train(egan, monkeypatch, [*TINY, "--sweep", 4], cartoons(egan, 16, 16), n=0)
+    seen = inputs_of(run.to_save["G"])
+    with egan.preview(run.args, run.to_save["G"]):
+        run.measure()
+    assert seen[0][:3, -1].tolist() == [0, 1, 4] and len(seen[0]) == 3 * 64
+
+
 def test_a_picture_has_one_z_for_each_row_and_c_rises_along_it(monkeypatch):
     run = run_train(egan, monkeypatch, [*TINY, "--sweep", 4], cartoons(egan, 16, 16), n=0)
     seen = inputs_of(run.to_save["G"])

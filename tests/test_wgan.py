@@ -65,6 +65,16 @@ def test_the_critic_is_clipped_at_every_pass_from_the_first_one_on(monkeypatch):
     assert largest(run.to_save["D"]) <= 0.02 + 1e-9 and largest(run.to_save["G"]) > 0.02
 
 
+def test_the_critics_steps_send_no_gradient_into_g(monkeypatch):
+    arrived = []
+
+    def prepare(run):
+        next(run.to_save["G"].parameters()).register_hook(lambda grad: arrived.append(1))
+
+    run_wgan(monkeypatch, watch=once(prepare))
+    assert len(arrived) == 1  # of G's own step
+
+
 @pytest.mark.parametrize("steps", [1, 5])
 def test_critic_steps_on_new_images_then_one_step_of_g_with_new_z(monkeypatch, steps):
     calls = []
