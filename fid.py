@@ -5,42 +5,47 @@ FID: Heusel, Ramsauer, Unterthiner, Nessler and Hochreiter, "GANs Trained by a T
 Rule Converge to a Local Nash Equilibrium", 2017, arXiv 1706.08500.
 KID: Binkowski, Sutherland, Arbel and Gretton, "Demystifying MMD GANs", 2018, arXiv 1801.01401.
 
-A network trained to name what is in a photograph (Inception) turns every image into 2048 numbers,
-its features. FID (Frechet Inception distance) takes the features of the real images to be normally
-distributed with mean mu1 and covariance S1, those of the fakes with mu2 and S2, and measures how
-far the two distributions are apart. KID (kernel Inception distance) compares the features pair by
-pair and assumes no distribution. For both 0 is best.
+A network that was trained to name what is in a photograph (Inception) turns every image into 2048
+numbers, its features. FID (Frechet Inception distance) treats the features of the real images as
+normally distributed with mean mu1 and covariance S1, those of the fakes with mu2 and S2, and tells
+how far apart the two distributions are. KID (kernel Inception distance) compares the features pair
+by pair and assumes no distribution. For both, 0 is best.
 
     FID = |mu1 - mu2|^2 + Tr(S1 + S2 - 2 (S1 S2)^(1/2))          Eq. 6 of Heusel et al.
     KID = E[k(x, x')] + E[k(y, y')] - 2 E[k(x, y)]               x, x' two real images,
           k(x, y) = (x . y / 2048 + 1)^3                         y, y' two fakes
 
-FID is biased: fewer images give a larger FID. Compare only scores of equally many images. KID is
-not biased, and may fall below 0 by chance. If a set is compared with itself or with copies of its
-images, KID is below 0 systematically, since pairs of equal images count in the last term alone. It
-is given as mean +- standard deviation over 100 random subsets of 1,000 images, or of as many as the
-smaller set has. Two equally large sets of at most 1,000 images are compared once, as a whole.
+Tr(M) is the sum of M's diagonal, M^(1/2) the matrix whose square is M, E the mean over all pairs.
+
+FID is biased: fewer images give a larger FID. Compare only scores of equally many images, and of
+the same weights and resizing. (Espis and Potrimba, see below, give none of the three for the fakes
+behind their FIDs of 11.21 and 19.42.) KID is not biased, and may fall below 0 by chance. Between a
+set and itself, or copies of its images, it is below 0 on average: pairs of equal images count in
+the last term alone. KID is given as mean +- standard deviation over 100 random subsets of 1,000
+images, or of as many as the smaller set has. Two equally large sets of at most 1,000 images are
+compared once, as a whole.
 
 --quality-index is an idea of Espis and Potrimba ("Deep Learning Project", University of Bologna,
-2020) that did not work. A network learns to tell real images from the same images elastically
-deformed. Its mean output on the fakes (0: like real ones, 1: like deformed ones) should say how
-good they are. In the report it did not follow FID over training: a GAN makes other mistakes than
+2020) that did not work. A network learns to tell real images from elastically deformed copies of
+them. Its mean output on the fakes (0: like real ones, 1: like deformed ones) should say how good
+they are. In the report it did not follow FID over training, for a GAN makes other mistakes than
 elastic deformations. It is here to be seen failing.
 
 Differs from pytorch-fid (same network, weights and resizing, so the numbers agree):
-  - the trace comes from symmetric matrices (see frechet_distance), not from scipy.linalg.sqrtm,
-    which is slow and may return complex numbers
-  - images of any size, in sub-folders too, are read as for training: upright, on white where they
-    are transparent, 16 bits scaled to 8; unreadable files are left out and counted
+  - the trace comes from symmetric matrices (see frechet_distance), not from scipy's slow sqrtm
+  - images of any size, in sub-folders too, are read as for training (see open_image)
 Differs from clean-fid's own mode: that one resizes with an antialiased bicubic filter.
 Differs from Espis and Potrimba:
-  - their accuracy of 97 % is that on deformed images alone, because they split the data in its
-    unshuffled order; here both kinds are held out, and both accuracies are given
-  - the colours of an image are deformed alike, so that no colour fringes give it away
-  - on 6,000 faces of CelebA the network had learned next to nothing after 12 of its 100 epochs; at
-    ten times its rate it learned from the fourth epoch on
+  - their network learns from CelebA's training images, this one from REAL, whatever that is
+  - the report says 20,000 images to learn from and names no optimiser. As in their notebook, it is
+    15,000 (10,000 and as many deformed copies, less a quarter), Adam, rate 1e-5, batches of 32
+  - at that rate it learned next to nothing in 12 epochs of 6,000 faces; at 1e-4, from the fourth on
+  - their accuracy of 97 % is that on deformed images alone: the notebook splits the data in its
+    unshuffled order. Here both kinds are held out, and both accuracies are given
+  - all colours are deformed alike; in the notebook, coloured fringes give a deformed image away
 
     python fid.py celeba runs/dcgan-celeba --split test     # a run's images, after --generate 10000
+    python fid.py pets/dog runs/cgan-pets/generated/dog     # one class alone
     python fid.py folder/of/real --save real.npz ; python fid.py real.npz folder/of/fakes
     python fid.py cartoon runs/dcgan-cartoon --quality-index
 """
@@ -68,35 +73,21 @@ from scipy import ndimage
 from scipy.linalg import lapack
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
-from torchvision.models import inception
 
 # --- the distances --------------------------------------------------------------------------------
 
 Statistics = namedtuple("Statistics", "n mu sigma features weights")  # None where not known
 
 
-def statistics(batches, weights=None, keep=False):
-    """Batches of features (B, d) -> n, their mean (d,) and covariance (d, d) in float64.
-
-    Each batch is merged into the sums of those before (Chan, Golub and LeVeque, "Updating Formulae
-    and a Pairwise Algorithm for Computing Sample Variances", 1979). They are sums about the mean,
-    so no large numbers cancel, and the features need not be kept. KID needs them: keep=True.
-    """
-    n, mu, squares, kept = 0, 0, 0, []
-    for features in batches:
-        x = features.double()
-        m, mean = len(x), x.mean(0)
-        away = mean - mu
-        # One row more, for the distance of the two means, and a single product does it all.
-        rows = torch.cat([x - mean, away[None] * (n * m / (n + m)) ** 0.5])
-        squares = squares.addmm_(rows.T, rows) if n else rows.T @ rows
-        mu = mu + away * (m / (n + m))
-        n += m
-        kept += [features] if keep else []
+def statistics(batches, weights=None):
+    """Batches of features (B, d) -> n, their mean (d,) and covariance (d, d) in float64."""
+    features = torch.cat(list(batches))
+    n, mu = len(features), features.mean(0, dtype=torch.float64)
     if n < 2:
         user_error(f"{n} usable images: a covariance needs at least two")
-    sigma = squares.cpu() / (n - 1)
-    return Statistics(n, mu.cpu(), sigma, torch.cat(kept) if keep else None, weights)
+    away = (part - mu for part in features.split(10_000))  # by parts: float64 takes much memory
+    sigma = sum(x.T @ x for x in away) / (n - 1)
+    return Statistics(n, mu.cpu(), sigma.cpu(), features, weights)
 
 
 def frechet_distance(mu1, sigma1, mu2, sigma2):
@@ -141,79 +132,43 @@ def kid(x, y):
 
 
 def mmd(x, y):
-    """The formula of KID for m features of each kind (the square of a maximum mean discrepancy).
-
-    It is unbiased, since no image is paired with itself: the traces are subtracted.
-    """
+    """The formula of KID for m features of each kind (the square of a maximum mean discrepancy)."""
     m, d = x.shape
     xx, yy, xy = ((a @ b.T / d + 1) ** 3 for a, b in ((x, x), (y, y), (x, y)))
-    same = xx.sum() - xx.trace() + yy.sum() - yy.trace()
+    same = xx.sum() - xx.trace() + yy.sum() - yy.trace()  # no image is paired with itself
     return same / (m * (m - 1)) - 2 * xy.mean()
 
 
 # --- the network ----------------------------------------------------------------------------------
-# torchvision's Inception, changed to what the published network does: averages at the border do
-# not count the padding, and the last block takes maxima in place of averages.
 
 URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
        "pt_inception-2015-12-05-6726825d.pth")
 PUBLISHED = "6726825d"  # how the SHA-256 of that file begins
 
 
-def average(x):
-    return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
-
-
-def maximum(x):
-    return F.max_pool2d(x, 3, stride=1, padding=1)
-
-
-class BlockA(inception.InceptionA):
-    def forward(self, x):
-        b = self.branch5x5_2(self.branch5x5_1(x))
-        c = self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x)))
-        return torch.cat([self.branch1x1(x), b, c, self.branch_pool(average(x))], 1)
-
-
-class BlockC(inception.InceptionC):
-    def forward(self, x):
-        b = self.branch7x7_3(self.branch7x7_2(self.branch7x7_1(x)))
-        c = self.branch7x7dbl_3(self.branch7x7dbl_2(self.branch7x7dbl_1(x)))
-        c = self.branch7x7dbl_5(self.branch7x7dbl_4(c))
-        return torch.cat([self.branch1x1(x), b, c, self.branch_pool(average(x))], 1)
-
-
-class BlockE(inception.InceptionE):
-    def __init__(self, in_channels, conv_block):
-        super().__init__(in_channels, conv_block)
-        self.pool = maximum if in_channels == 2048 else average  # the last block, or the one before
-
-    def forward(self, x):
-        b, c = self.branch3x3_1(x), self.branch3x3dbl_2(self.branch3x3dbl_1(x))
-        b = [self.branch3x3_2a(b), self.branch3x3_2b(b)]
-        c = [self.branch3x3dbl_3a(c), self.branch3x3dbl_3b(c)]
-        return torch.cat([self.branch1x1(x), *b, *c, self.branch_pool(self.pool(x))], 1)
+def repool(block, inputs, outputs, last):
+    """A hook: it does a block's pooling again, as in the published network. There, averages do not
+    count the padding, and the last block takes maxima in place of averages.
+    """
+    x = (F.max_pool2d(*inputs, 3, stride=1, padding=1) if last else
+         F.avg_pool2d(*inputs, 3, stride=1, padding=1, count_include_pad=False))
+    outputs[:, -block.branch_pool.conv.out_channels :] = block.branch_pool(x)
 
 
 def build_inception(state):
     """The network with these weights, in eval mode: images (B, 3, 299, 299) -> (B, 2048)."""
-    blocks = BlockA, inception.InceptionB, BlockC, inception.InceptionD, BlockE
-    conv = inception.BasicConv2d
-    blocks = [conv, *(functools.partial(block, conv_block=conv) for block in blocks), None]
-    net = inception.inception_v3(weights=None, init_weights=False, aux_logits=False,
-                                 inception_blocks=blocks)
+    net = torchvision.models.inception_v3(weights=None, init_weights=False, aux_logits=False)
+    for name, block in net.named_children():
+        if hasattr(block, "branch_pool"):
+            block.register_forward_hook(functools.partial(repool, last=name == "Mixed_7c"))
     net.fc = nn.Identity()
     wanted = [name for name in net.state_dict() if "num_batches" not in name]
     net.load_state_dict({name: state[name] for name in wanted}, strict=False)
-    # Channels last suits convolutions on CPUs and GPUs alike.
-    return net.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+    return net.eval().requires_grad_(False).to(memory_format=torch.channels_last)  # faster
 
 
 def load_inception(path, device):
-    """-> the network, and how the SHA-256 of its weights begins.
-
-    Without a path: the published weights, from torch's hub cache, or downloaded into it.
-    """
+    """-> the network, and how the SHA-256 of its weights begins. No path: the published weights."""
     file = Path(path or f"{torch.hub.get_dir()}/checkpoints/{Path(URL).name}")
     try:
         if not path and not file.exists():
@@ -243,10 +198,7 @@ def to_input(images, device):
 
 
 def read_picture(path, size=None):
-    """An image file -> uint8 (3, H, W); or, if it cannot be read, a text that says why.
-
-    At its own size, or scaled and cropped to size x size as for training.
-    """
+    """An image file -> uint8 (3, H, W), with a size (3, size, size); or why it cannot be read."""
     try:
         image = open_image(path)
         if size:
@@ -280,7 +232,7 @@ def open_source(name, args, n=None, usual_size=None):
     A data set's images have args.size, or else usual_size, or else that of SETS. A folder's have
     args.size, or else their own; the size of the Source is then the first image's.
     """
-    if name.endswith(".npz"):
+    if os.path.isfile(name):
         return Source(name, known=load_statistics(name))
     if name in SETS:
         size = args.size or usual_size or SETS[name]
@@ -291,6 +243,10 @@ def open_source(name, args, n=None, usual_size=None):
         if not os.path.exists(name):
             user_error(f"there is no {name}; run the training script with --generate N first")
     files = list_files(name) if os.path.isdir(name) else []
+    checkpoint = Path(name.rsplit("generated", 1)[0], "checkpoint.pt")
+    if files and checkpoint.exists() and os.path.getmtime(files[0]) < checkpoint.stat().st_mtime:
+        print(f"{SCRIPT}.py: warning: {name}: the checkpoint is newer than these images: "
+              "--generate draws new ones", file=sys.stderr)
     files = random.Random(0).sample(files, min(n, len(files))) if n else files
     pictures = (read_picture(file, args.size) for file in files)
     first = next((picture for picture in pictures if torch.is_tensor(picture)), None)
@@ -316,13 +272,18 @@ def load_statistics(path):
     """A .npz file with mu and sigma, as pytorch-fid writes it; our own also have n and weights."""
     try:
         with np.load(path) as saved:
-            mu, sigma = (torch.from_numpy(np.float64(saved[key])) for key in ("mu", "sigma"))
+            mu, sigma = (torch.from_numpy(saved[key].astype(np.float64, casting="same_kind"))
+                         for key in ("mu", "sigma"))  # complex numbers are refused
             n = int(saved["n"]) if "n" in saved else None
             weights = str(saved["weights"]) if "weights" in saved else None
     except Exception as error:  # another file can make numpy raise anything
         user_error(f"{path} is not a .npz file with mu and sigma: {error!r:.200}")
     if mu.shape != (2048,) or sigma.shape != (2048, 2048):
         user_error(f"{path}: mu and sigma are not those of 2048 features")
+    # A covariance is symmetric and, but for rounding, has no eigenvalue below 0.
+    right = all(x.isfinite().all() for x in (mu, sigma)) and torch.allclose(sigma, sigma.T)
+    if not right or torch.linalg.eigvalsh(sigma).min() < -1e-6 * sigma.trace():
+        user_error(f"{path}: mu and sigma are not a mean and a covariance")
     return Statistics(n, mu, sigma, None, weights)
 
 
@@ -376,9 +337,7 @@ def quality_parts(real, rng):
 
 
 def train_quality(real, epochs, device):
-    """uint8 images (N, 3, 64, 64) -> a network in eval mode, and how often it is right on held-out
-    images, real and deformed.
-    """
+    """uint8 images (N, 3, 64, 64) -> the network; how often it is right on real, deformed ones."""
     torch.manual_seed(0)
     train, test = quality_parts(real, np.random.default_rng(0))
     images = torch.cat(train)
@@ -441,16 +400,17 @@ def report_scores(args):
     if len(all_weights) > 1:
         user_error(f"statistics of different weights: {' and '.join(sorted(all_weights))}")
 
-    def measure(source, keep):
-        return source.known or statistics(feature_batches(source, net, args.device), weights, keep)
+    def measure(source):
+        found = source.known or statistics(feature_batches(source, net, args.device), weights)
+        return found if args.kid else found._replace(features=None)
 
-    of_real = measure(real, keep=bool(args.kid and fakes))
+    of_real = measure(real)
     if args.save:
-        np.savez(args.save, mu=of_real.mu, sigma=of_real.sigma, n=of_real.n, weights=weights)
+        with open(args.save, "wb") as file:  # by its name alone, savez() would add an .npz to it
+            np.savez(file, mu=of_real.mu, sigma=of_real.sigma, n=of_real.n, weights=weights)
         print(f"{of_real.n} images -> {args.save}")
     for fake in fakes:
-        of_fake = measure(fake, keep=of_real.features is not None)
-        yield compare(real, of_real, fake, of_fake, min(all_weights, default=PUBLISHED))
+        yield compare(real, of_real, fake, measure(fake), min(all_weights, default=PUBLISHED))
 
 
 def compare(real, of_real, fake, of_fake, weights):
@@ -483,8 +443,9 @@ def read_arguments(argv):
     parser = argparse.ArgumentParser(  # without a usage text, so that an error is one line
         prog=f"{SCRIPT}.py", usage=argparse.SUPPRESS, description=__doc__, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter)
-    add, sets = parser.add_argument, ", ".join(SETS)
-    add("real", metavar="REAL", help=f"a folder of images, statistics (.npz), or one of {sets}")
+    add, devices = parser.add_argument, ["cuda"] * torch.cuda.is_available()
+    devices += ["mps"] * torch.backends.mps.is_available() + ["cpu"]
+    add("real", metavar="REAL", help=f"a folder, saved statistics, or one of {', '.join(SETS)}")
     add("fake", metavar="FAKE", nargs="*", help="the same, or the folder of a run; one or more")
     add("--root", default="data", help="where the data sets are, or are downloaded to (data)")
     add("--split", choices=["train", "test"], default="train", help="part of a data set (train)")
@@ -492,27 +453,30 @@ def read_arguments(argv):
     add("--n", type=int, help="take only N images of REAL, at random")
     add("--weights", metavar="FILE", help="the network's weights, instead of the published ones")
     add("--batch", type=int, default=32, help="images at a time (32)")
-    add("--device", help="cuda, mps or cpu; by default the first of them that is there")
-    add("--no-kid", dest="kid", action="store_false",
-        help="FID alone; the memory needed then does not grow with the number of images")
+    add("--device", choices=devices, help="by default the first of cuda, mps, cpu that is there")
+    add("--no-kid", dest="kid", action="store_false", help="FID alone, which is faster")
     add("--save", metavar="FILE.npz", help="keep the statistics of REAL; pytorch-fid reads them")
     add("--json", action="store_true", help="print the result as JSON, all else on stderr")
     add("--quality-index", action="store_true", help="give that instead of FID (see above)")
     add("--epochs", type=int, default=100, help="of the quality index's training (100)")
     args = parser.parse_args(argv)
+    for flag, value in vars(args).items():
+        if type(value) is int and value < 1:
+            user_error(f"--{flag} {value}: it must be above 0")
     if not args.fake and (args.quality_index or not args.save):
         user_error("FAKE is missing: what is REAL to be compared with?")
-    if args.save and (args.real.endswith(".npz") or not Path(args.save).absolute().parent.is_dir()):
+    if args.save and (os.path.isfile(args.real) or not Path(args.save).absolute().parent.is_dir()):
         user_error(f"--save {args.save}: REAL must be images, and the folder to save in must exist")
     if args.quality_index:
         args.size = 64  # its network is built for no other
-    best = torch.accelerator.current_accelerator(check_available=True) or "cpu"
-    args.device = torch.device(args.device or best)
+    args.device = torch.device(args.device or devices[0])
     return args
 
 
 def main(argv=None):
-    """Run with these arguments; by default, with those of the command line."""
+    """Run with these arguments; by default, with those that this script was started with."""
+    if argv is None:  # in a notebook, sys.argv is the notebook's
+        argv = sys.argv[1:] if Path(sys.argv[0]).stem == SCRIPT else []
     try:
         args = read_arguments(argv)
         torch.backends.cudnn.allow_tf32 = False  # float32, not TF32, on a GPU too
@@ -529,7 +493,7 @@ def main(argv=None):
 
 # --- data: the same text as in every training script ----------------------------------------------
 
-SCRIPT = Path(__file__).stem
+SCRIPT = Path(globals().get("__file__", "fid.py")).stem  # a notebook's cell has no file
 
 
 def user_error(message):
@@ -538,34 +502,53 @@ def user_error(message):
     sys.exit(2)
 
 
-# Data: every set becomes one uint8 tensor.
-
-Data = namedtuple("Data", "images labels names")  # (N, C, size, size) uint8; (N, K) 0 or 1; K names
+# Data: every set becomes one tensor of images (N, C, size, size), uint8. Its labels are (N, K),
+# each 0 or 1, with K names. digest is a text that changes with any of it.
+Data = namedtuple("Data", "images labels names digest", defaults=[""])
 SETS = {"cartoon": 32, "mnist": 28, "fashion_mnist": 28, "cifar10": 32, "celeba": 64}  # their sizes
 FACE = ["Blond_Hair", "Eyeglasses", "Mouth_Slightly_Open", "Smiling", "Wearing_Lipstick"]
+YES_NO = {"1": 1, "1.0": 1, "True": 1, "0": 0, "0.0": 0, "False": 0, "-1": 0, "-1.0": 0}
 
 
 def load_images(name, size, root="data", split="train"):
     """A set by name (split "train" or "test"), or a folder -> Data. Kept in root/prepared."""
-    items, open_item, labels, names = find_images(name, size, Path(root), split)
-    facts = [(os.path.getsize(x), os.path.getmtime(x)) for x in items if isinstance(x, Path)]
-    key = hashlib.sha1(repr((items, facts, names, labels.tobytes())).encode()).hexdigest()[:16]
+    items, open_item, labels, names = find_images(name, size, root, split)
+    files = items if type(items) is list else []  # otherwise items are numbers of images
+    facts = [(info.st_size, info.st_mtime) for info in map(os.stat, files)]
+    known = Data._fields, items, facts, names, labels.tobytes()
+    key = hashlib.sha1(repr(known).encode()).hexdigest()[:16]
+    if os.path.exists(root) and not os.access(root, os.W_OK):  # as Kaggle's input
+        root = "data"
     file = Path(root) / "prepared" / f"{Path(name).name[:40]}-{size}-{split}-{key}.pt"
-    if not file.exists():  # the key is another one if any image or label has changed
+    try:  # the key is another one if any image or label has changed
+        saved = torch.load(file, mmap=True, weights_only=True)
+    except Exception:  # there is no such file yet, or it is damaged
         file.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=file.parent) as pixels:
             data = prepare_images(name, size, items, open_item, labels, names, pixels)
-            torch.save(tuple(data), f"{file}.{os.getpid()}")
-        os.replace(f"{file}.{os.getpid()}", file)
-    data = Data(*torch.load(file, mmap=True, weights_only=True))
-    print("labels:", dict(zip(data.names, data.labels.sum(0).tolist())) or "none")
+            save(tuple(data), file)
+        saved = torch.load(file, mmap=True, weights_only=True)
+    data = Data(*saved)
+    counts = dict(zip(data.names[:40], data.labels.sum(0).tolist()))
+    print("labels:", counts or "none", *["and more"] * (len(data.names) > 40))
     return data
+
+
+def save(content, file):
+    """torch.save(), under a hidden name until it is whole: there is never half a file."""
+    part = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        torch.save(content, part)
+        os.replace(part, file)
+    except (OSError, RuntimeError) as error:  # torch calls a full disk a RuntimeError
+        part.unlink(missing_ok=True)
+        user_error(f"{file} cannot be written: {error}")
 
 
 def prepare_images(name, size, items, open_item, labels, names, file):
     """-> Data, its pixels in a file, not in memory. Copies and unreadable files are left out."""
     order = random.Random(0).sample(range(len(items)), len(items))  # random, always the same
-    kept, contents, broken = [], set(), []
+    kept, contents, broken, digest = [], set(), [], hashlib.sha1()
 
     def decode(i):
         try:
@@ -581,26 +564,29 @@ def prepare_images(name, size, items, open_item, labels, names, file):
                 contents.add(content)
                 kept.append(i)
                 file.write(pixels)
+                digest.update(pixels)
                 if len(kept) % 10_000 == 0:
                     print(f"preparing {name}: {len(kept):,} of {len(items):,} images", flush=True)
     copies = len(items) - len(kept) - len(broken)
-    several = len(contents) - len({pixels for pixels, _ in contents})
     if copies or broken:
         print(f"left out: {copies} copies, {len(broken)} unreadable files", *broken[:1], sep=": ")
-    if several and name not in SETS:
-        print(f"{several} images are in more than one sub-folder")
     if len(kept) < 2:
         user_error(f"--data {name}: no image that can be read, or only one")
     images = np.memmap(file, np.uint8, "r+", shape=(len(kept), 3, size, size))
+    if images.max() < 64:
+        print(f"these images are dark: the brightest value is {images.max()} of 255")
     grey = all((image == image[0]).all() for image in images)
     images = np.ascontiguousarray(images[:, :1] if grey else images)
     used = np.flatnonzero(labels[kept].any(0))  # without labels that no image has
-    labels = torch.from_numpy(labels[kept][:, used])
-    return Data(torch.from_numpy(images), labels, [names[k] for k in used])
+    labels, names = labels[kept][:, used], [names[k] for k in used]
+    digest.update(repr((names, labels.tobytes())).encode())
+    return Data(torch.from_numpy(images), torch.from_numpy(labels), names, digest.hexdigest())
 
 
 def find_images(name, size, root, split):
     """-> items, a function that opens one of them, their labels (N, K) of 0 and 1, K names."""
+    if name in SETS and os.path.isdir(name):
+        print(f"{name} is the built-in set; for the folder of that name, give ./{name}")
     if name == "cartoon":
         labels = np.random.RandomState(int(split == "test")).randint(0, 2, (2560, 5), np.uint8)
         return range(2560), lambda i: draw_face(f"{split} {i}", 4 * size, labels[i]), labels, FACE
@@ -621,69 +607,95 @@ def find_images(name, size, root, split):
 
 def find_celeba(root, split):
     """CelebA or a part of it, anywhere below root. "train" is the published parts train and val."""
-    paths = list_files(root)
-    images = {int(path.stem): path for path in paths
-              if "img_align_celeba" in path.parts and path.stem.isdecimal()}
+    images, rows, names = {}, {}, []
+    for file in list_files(root):
+        name, ending = os.path.splitext(os.path.basename(file))
+        if name.isdecimal() and "img_align_celeba" in file.split(os.sep):
+            images[int(name)] = file
+        elif name == "list_attr_celeba" and ending in (".txt", ".csv"):
+            try:
+                rows, names = read_table(file)
+            except ValueError as error:
+                print(f"{file} is not read: {error}")
     if not images:
         user_error(f"no img_align_celeba with images below {root}. It and list_attr_celeba.txt are "
                    "at https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html and on Kaggle")
-    tables = [p for p in paths if p.name in ("list_attr_celeba.txt", "list_attr_celeba.csv")]
-    text = tables[-1].read_text("utf-8-sig") if tables else ""  # then there are no labels
-    # A row is "000001.jpg -1 1 ...", or that with commas. The longest line above has the names.
-    rows = {int(n): re.findall(r"-?\d", row) for n, row in re.findall(r"(\d+)\.\w+(.*)", text)}
-    header = max(re.split(r"\d+\.", text)[0].splitlines(), key=len, default="")
-    names = re.findall(r'[^\s,;"]+', header.split("image_id")[-1])
     published = range(1, 182638) if split == "train" else range(182638, 202600)
     part = [n for n in published if n in images and (n in rows or not rows)]
     print(f"celeba: {len(part):,} of the {len(published):,} images of the {split} part")
-    labels = np.array([rows.get(n, []) for n in part]).reshape(len(part), len(names)) == "1"
+    labels = np.frombuffer(b"".join(rows.get(n, b"") for n in part), np.uint8)
 
     def open_face(file):  # the centre, 128 x 128 pixels, of a published image
         image = open_image(file)
         return image.crop((25, 45, 153, 173)) if image.size == (178, 218) else image
-    return [images[n] for n in part], open_face, labels.astype(np.uint8), names
+    return [images[n] for n in part], open_face, labels.reshape(len(part), len(names)), names
+
+
+def read_table(file):
+    """CelebA's table -> {number of an image: bytes, 0 or 1 for each of K attributes}, K names."""
+    text = Path(file).read_text("utf-8-sig").translate({ord(c): " " for c in ',;"'}).strip()
+    lines = text.splitlines()
+    start = 1 if lines and lines[0].split()[1:] else 2  # the authors' begins with the row count
+    names, rows = "".join(lines[start - 1 : start]).replace("image_id", "").split(), {}
+    for i, line in enumerate(lines[start:], start + 1):  # they end like 000001.jpg -1 1 1
+        image, *values = line.split()[-1 - len(names) :] or [""]
+        number = re.fullmatch(r"(\d+)\.[a-zA-Z]+", image)
+        wrong = not number or len(values) < len(names) or not YES_NO.keys() >= set(values)
+        if wrong or int(number[1]) in rows:
+            raise ValueError(f"line {i} is not a new image and {len(names)} times -1, 0 or 1")
+        rows[int(number[1])] = bytes(map(YES_NO.get, values))
+    if not rows:
+        raise ValueError("it has no rows")
+    return rows, names
 
 
 def find_folder(name):
-    """All images below a folder, at any depth. Its sub-folders, if there are any, are labels."""
+    """All files below a folder, at any depth. If most are in sub-folders, these are the labels."""
     if not os.path.isdir(name):
         user_error(f"--data {name!r} is neither a folder nor one of {', '.join(SETS)}")
-    folder, known = os.path.abspath(name), Image.registered_extensions()
-    parts = {file: file.relative_to(folder).parts for file in list_files(folder)}
-    names = sorted({p[0] for p in parts.values() if p[1:] and Path(p[-1]).suffix.lower() in known})
-    for top, *rest in sorted(parts.values(), key=lambda p: p[0].lower() != "train"):  # train first
+    parts = {file: os.path.relpath(file, name).split(os.sep) for file in list_files(name)}
+    inside = [p[0] for p in parts.values() if p[1:]]
+    names = sorted(set(inside))
+    # A folder train, or a single folder, above the labels: they are one level deeper.
+    for top, *rest in sorted(parts.values(), key=lambda p: p[0].lower() != "train"):
         of_a_set = top.lower() in ("train", "test", "val", "valid", "validation")
         if len(rest) > 1 and (of_a_set or names == [top]):
             user_error(f"--data {name}: the labels are one folder deeper; give {name}/{top}")
-    files = [file for file in parts if parts[file][0] in names or not names]
+    if names and (len(inside) <= len(parts) / 2 or len(names) > 1000):
+        print(f"no labels: {len(names)} sub-folders have {len(inside)} of the {len(parts)} files")
+        names = []
+    column = {label: k for k, label in enumerate(names)}
+    files = [file for file in parts if parts[file][0] in column or not names]
     if len(files) < len(parts):
         print(f"left out: {len(parts) - len(files)} files that are in no label's folder")
-    labels = np.array([[parts[file][0] == label for label in names] for file in files], np.uint8)
+    labels = np.eye(len(names), dtype=np.uint8)[[column[parts[f][0]] for f in files if names]]
     return files, open_image, labels.reshape(len(files), len(names)), names
 
 
 def list_files(folder):
     """All files below a folder but hidden ones, prepared sets, and runs. Links are followed."""
     found, visited = [], set()
-    for parent, folders, files in os.walk(folder, followlinks=True):
-        real = os.path.realpath(parent)
-        if real in visited or ("samples" in folders and "real.png" in files):  # a circle; a run
+    for parent, folders, files in os.walk(Path(folder), onerror=print, followlinks=True):
+        real, is_a_run = os.path.realpath(parent), "samples" in folders and "real.png" in files
+        if real in visited:
+            print(f"left out: {parent}, since it is {real}, which is read already")
+        if real in visited or is_a_run:
             folders[:], files = [], []  # os.walk() goes on with what is left in folders
         visited.add(real)
         folders[:] = sorted(name for name in folders if name[0] != ".")
-        found += [Path(parent, name) for name in files if name[0] != "." and name[-3:] != ".pt"]
-    return sorted(filter(os.path.isfile, found), key=str)
+        found += [os.path.join(parent, name) for name in files
+                  if name[0] != "." and name[-3:] != ".pt" and name != "labels.csv"]
+    return sorted(filter(os.path.isfile, found))
 
 
 def open_image(path):
     """An image file as RGB: upright, 8 bits, on white where it is transparent."""
     image = ImageOps.exif_transpose(Image.open(path))
-    if image.mode[0] in "IF":  # more than 8 bits, or fractions: convert() would clip them
+    if image.mode[0] in "IF":  # 16 bits, or fractions: convert() would clip them
         values = np.asarray(image, np.float64)
-        low, high = values.min(), values.max()
-        white = 1 if high <= 1 else 255 if high <= 255 or image.mode == "F" else 65535
-        if not 0 <= low <= high <= white or 1 < high < 2:
-            raise ValueError(f"its values, {low:g} to {high:g}, may mean anything")
+        white = 65535 if image.mode[0] == "I" else 255 if values.max() > 1 else 1  # its value
+        if not 0 <= values.min() <= values.max() <= white:
+            raise ValueError(f"its values, {values.min():g} to {values.max():g}, may mean anything")
         image = Image.fromarray((255 / white * values).round().astype(np.uint8))
     if image.has_transparency_data:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
@@ -725,5 +737,6 @@ def draw_face(seed, side, labels):
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # for names that the terminal cannot show
+    if hasattr(sys.stdout, "reconfigure"):  # for names that the terminal cannot show
+        sys.stdout.reconfigure(errors="backslashreplace")
     main()

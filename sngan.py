@@ -4,8 +4,9 @@ Networks", 2018, arXiv 1802.05957. The networks are those of Espis and Potrimba,
 Project", University of Bologna, 2020.
 
 D's gradient is all that G learns from. It is useless if D's logit jumps between images that are
-nearly alike, so no layer of D may stretch its input much. The most that a matrix W stretches any
-vector is its largest singular value sigma(W), its spectral norm. SNGAN divides W by it.
+nearly alike. So no layer of D may enlarge differences: each is to be 1-Lipschitz. The most that a
+matrix W stretches any vector is its largest singular value sigma(W), its spectral norm. SNGAN
+divides W by it.
 
     W_SN = W / sigma(W)           Eq. 8; a convolution's W is taken as a matrix (out, in * 4 * 4)
     L_D = -E[log D(x)] - E[log(1 - D(G(z)))]                      as in dcgan.py
@@ -13,9 +14,9 @@ vector is its largest singular value sigma(W), its spectral norm. SNGAN divides 
     PixelNorm(x) = x / sqrt(mean over channels of x^2 + 1e-8)     ProGAN, Sec. 4.2
 
 Pixel norm keeps G's signals in range without BatchNorm. The minibatch standard deviation (ProGAN,
-Sec. 3) tells D how much the images of a batch differ: a G that draws one image over and over is
-found out. ProGAN is Karras, Aila, Laine and Lehtinen, "Progressive Growing of GANs for Improved
-Quality, Stability, and Variation", 2017, arXiv 1710.10196.
+Sec. 3) tells D how much the images of a batch differ, so that D can see a mode collapse: a G that
+draws one image over and over. ProGAN is Karras, Aila, Laine and Lehtinen, "Progressive Growing
+of GANs for Improved Quality, Stability, and Variation", 2017, arXiv 1710.10196.
 
 Changes from dcgan.py:
   - spectral norm in all convolutions of G and D, in place of BatchNorm
@@ -29,8 +30,11 @@ Differs from the papers:
     gain D's logits are nearly 0: on faces, D(x) - D(G(z)) was 0.01, and G learned little. The usual
     gain (He et al. 2015) is 1.4. D's slope stays bounded: the bound is GAIN to the power of the
     number of layers, times what it was
-  - Miyato et al. have spectral norm in D alone, there in all layers, and a hinge loss. Here it is
-    in G too, and not in linear layers, as in the report of Espis and Potrimba
+  - Miyato et al. have spectral norm in D alone, there in all layers, and a hinge loss, in which
+    max(0, 1 - logit) replaces -log D. Here spectral norm is in G too, and not in linear layers, as
+    in the report of Espis and Potrimba
+  - linear layers start as PyTorch has it; in Keras, which the report uses, the weights of D's last
+    layer begin 2.4 times as large. The report does not say which Inception gave its FID of 11.21
   - the report's code reshapes the kernel without transposing it. Its sigma is then that of another
     matrix, which need not bound D: 1.235 where the right one is 1.000 (orthogonal start, 128
     channels). That its D was therefore stronger than a correct copy's is inferred, not measured
@@ -40,7 +44,7 @@ Differs from the papers:
   - the report prints pixel norm without the square; its code has it
 
     python sngan.py                                   # cartoon faces, on a CPU, no download
-    python sngan.py --data celeba                     # as the report, which has an FID of 11.21
+    python sngan.py --data celeba                     # photographs of faces, as in the report
     python sngan.py --data celeba --generate 10000    # images by the trained G, for fid.py
 """
 
@@ -65,7 +69,7 @@ from PIL import Image, ImageDraw, ImageOps
 from torch import distributed, nn
 from torch.nn.functional import softplus
 from torch.nn.utils.parametrizations import spectral_norm
-from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.optim.optimizer import register_optimizer_step_pre_hook  # for several GPUs
 from torchvision.utils import save_image
 
 # --- networks -------------------------------------------------------------------------------------
@@ -91,7 +95,7 @@ class MinibatchStddev(nn.Module):
 
 
 class GainedLeakyReLU(nn.LeakyReLU):
-    """LeakyReLU, times GAIN. Without it, a layer of spectral norm 1 halves typical features."""
+    """LeakyReLU, times GAIN: spectral norm and LeakyReLU about halve a layer's typical features."""
 
     def forward(self, x):
         return GAIN * super().forward(x)
@@ -100,8 +104,9 @@ class GainedLeakyReLU(nn.LeakyReLU):
 def normed(conv):
     """A convolution with orthogonal initial weights, biases of 0, and spectral norm.
 
-    Multiplying a vector by W and W^T in turn makes it point where W stretches most. This gives
-    sigma, W's largest singular value. One step per forward pass is enough, as W changes slowly.
+    Multiplying a vector by W and W^T in turn makes it point where W stretches most. This power
+    iteration gives sigma, W's largest singular value. One step of it per forward pass is enough,
+    as W changes slowly.
     """
     nn.init.orthogonal_(conv.weight)
     nn.init.zeros_(conv.bias)
@@ -174,7 +179,7 @@ def g_loss(fake_logits):
 
 
 def add_arguments(parser):
-    """This paper's defaults and its own flags. Returns the defaults that differ on cartoon."""
+    """Set this paper's defaults and flags. Return the defaults that differ on cartoon faces."""
     parser.set_defaults(lr=2e-4, batch=64, epochs=100)
     parser.epilog = "All defaults are those of Espis and Potrimba (2020)."
     add = parser.add_argument
@@ -185,7 +190,7 @@ def add_arguments(parser):
 def train(args, data):
     """Build the networks and their optimisers, and run the training loop."""
     channels = data.images.shape[1]
-    to_device = {"device": args.device, "memory_format": torch.channels_last}  # faster convolutions
+    to_device = {"device": args.device, "memory_format": LAYOUT}
     G = Generator(channels, args.size, args.width).to(**to_device)
     D = Discriminator(channels, args.size, args.width).to(**to_device)
     opt_G = torch.optim.Adam(G.parameters(), lr=args.lr, betas=(0.5, 0.999))
@@ -209,8 +214,8 @@ def train(args, data):
         loss_D.backward()
         opt_D.step()
 
-        # G's step, against the improved D. The gradient flows back through D into G; with inputs=,
-        # none is computed for D's weights.
+        # G's step. D has just changed, so D(fake) is computed anew. The gradient flows back through
+        # D into G; with inputs=, none is computed for D's weights.
         loss_G = g_loss(D(fake))
         opt_G.zero_grad()
         loss_G.backward(inputs=list(G.parameters()))
@@ -221,11 +226,15 @@ def train(args, data):
                     "D(G(z))": fake_logits.sigmoid().mean()})
 
 
+SCRIPT = Path(globals().get("__file__", "sngan.py")).stem  # a notebook's cell has no file
+
 # --- the same in every script from here on --------------------------------------------------------
 
-SCRIPT = Path(__file__).stem
-TORCHRUN = os.environ if "TORCHELASTIC_RUN_ID" in os.environ else {}  # of several processes,
-RANK, RANKS = int(TORCHRUN.get("RANK", 0)), int(TORCHRUN.get("WORLD_SIZE", 1))  # this is RANK
+# channels_last makes convolutions faster. On Apple's GPUs, it broke BatchNorm until mid-2026.
+LAYOUT = torch.contiguous_format if torch.backends.mps.is_available() else torch.channels_last
+# Under torchrun this is process RANK of RANKS; otherwise 0 of 1.
+TORCHRUN = os.environ if "TORCHELASTIC_RUN_ID" in os.environ else {}
+RANK, RANKS = int(TORCHRUN.get("RANK", 0)), int(TORCHRUN.get("WORLD_SIZE", 1))
 
 
 def user_error(message):
@@ -237,31 +246,40 @@ def user_error(message):
 def steps(args, data, draw, to_save, grid=None, measure=lambda: {}):
     """What train()'s loop runs over. Each turn gets an empty dict, to fill with numbers (tensors).
 
-    After every 1 % of the run they are averaged, and all is drawn and saved. --generate only draws.
+    Every 1 % of the run it logs their averages, draws and saves. --generate draws images alone.
     draw(n): n images (n, C, size, size) in [-1, 1]. to_save: {name: network or optimiser}.
     grid(): the picture's images (rows, columns, C, size, size), by default 8 x 8 of draw().
     measure(): further columns of losses.csv, {name: number}, by default none.
     """
-    saved, out, batch = args.checkpoint, Path(args.out), args.batch * RANKS
+    saved, out, batch, total = args.checkpoint, Path(args.out), args.batch * RANKS, args.steps
     for name, state in saved.get("state", {}).items():
         if name.startswith("opt"):
-            state["param_groups"][0]["lr"] = to_save[name].defaults["lr"]  # --lr may be another now
+            state["param_groups"][0]["lr"] = to_save[name].defaults["lr"]  # today's --lr counts
         to_save[name].load_state_dict(state)
     if args.generate:
-        return generate(args, draw, to_save["G"])  # and yield nothing: train()'s loop ends
-    total = args.steps or max(1, round(args.epochs * len(data.images) / batch))
+        if RANK == 0:
+            generate(args, draw, to_save["G"])
+        return
     done, rows = saved.get("step", 0), saved.get("rows", [])
-    if done >= total:
-        user_error(f"this run has made its {done} steps; for more, give --steps")
     real = data.images[:64].to(args.device) / 127.5 - 1
+
+    def look():  # at what G draws: columns of losses.csv, and the picture
+        with preview(args, to_save["G"]):
+            fakes = draw(64)
+            columns = {"spread": float(fakes.std(0).mean() / real.std(0).mean()), **measure()}
+            return columns, grid() if grid else fakes.unflatten(0, (8, 8))
+
     if RANK == 0:
         (out / "samples").mkdir(parents=True, exist_ok=args.resume)  # two runs must not mix
         save_image(real / 2 + 0.5, out / "real.png")
+        if done == 0:
+            record(args, data, to_save, rows, 0, look()[1], last=False)  # the untrained G
     print(f"{total} steps of {batch} from {len(data.images):,} images on {args.device} -> {out}")
 
     every, numbers, start = math.ceil(total / 100), [], time.perf_counter()
     for step in range(done + 1, total + 1):
-        # A seed for each step (hash() of ints never changes): a resumed run draws the same numbers.
+        # A seed for each step, so that a resumed run draws the same numbers; and for each process.
+        # (hash() of ints is the same everywhere.)
         torch.manual_seed(hash((args.seed, step, RANK)))
         log = {}
         yield log
@@ -270,11 +288,8 @@ def steps(args, data, draw, to_save, grid=None, measure=lambda: {}):
             means = dict(zip(log, torch.stack(numbers).mean(0).tolist()))
             numbers.clear()
             if RANK == 0:
-                with preview(args, to_save["G"]):
-                    fakes = draw(64)
-                    means["spread"] = float(fakes.std(0).mean() / real.std(0).mean())
-                    means |= measure()
-                    picture = grid() if grid else fakes.unflatten(0, (8, 8))
+                columns, picture = look()
+                means |= columns
                 rows.append({"step": step, **means})
                 rate = (step - done) / (time.perf_counter() - start)  # steps per second
                 speed = f"{(total - step) / rate / 60:.1f} min left  {batch * rate:.0f} images/s"
@@ -282,44 +297,67 @@ def steps(args, data, draw, to_save, grid=None, measure=lambda: {}):
                       *(f"{k} {v:.3g}" for k, v in means.items()), sep="  ", flush=True)
                 if step >= 500 and means["spread"] < 0.1:
                     print("MODE COLLAPSE: all images look alike")
-                record(args, data, to_save, rows, picture, step == total)
+                record(args, data, to_save, rows, step, picture, last=step == total)
 
 
-def record(args, data, to_save, rows, picture, last):
-    """Write losses.csv, curves.png, a picture, the checkpoint and, at the end, training.gif."""
-    out, names, table = Path(args.out), list(rows[0]), np.array([list(r.values()) for r in rows])
+def record(args, data, to_save, rows, step, picture, last):
+    """Write a picture, curves.png, losses.csv, at the end training.gif, and the checkpoint."""
+    out, table = Path(args.out), np.array([list(row.values()) for row in rows])
     if not np.isfinite(table).all():
-        user_error("a number is not finite; a smaller --lr may help")
-    np.savetxt(out / "losses.csv", table, "%.8g", ",", header=",".join(names), comments="")
-    curves = Image.new("RGB", (640, 120 * len(names)), "white")
-    pen, x = ImageDraw.Draw(curves), np.interp(table[:, 0], table[[0, -1], 0], (5, 635))
-    for top, name, values in zip(range(0, curves.height, 120), names, table.T):
-        low, high = values.min(), values.max()
-        y = np.interp(values, (low, high), (top + 115, top + 25))
-        pen.line(list(zip(x, y)), "navy", 2)
-        pen.text((5, top + 8), f"{name}: {low:.3g} to {high:.3g}, now {values[-1]:.3g}", "black")
-    curves.save(out / "curves.png")
-    samples, step = out / "samples", rows[-1]["step"]
-    save_image(picture.flatten(0, 1) / 2 + 0.5, out / "new.png", nrow=picture.shape[1])
-    os.replace(out / "new.png", samples / f"{step:06}.png")  # so samples has whole pictures only
-    if last:
-        files = sorted(samples.glob("[0-9]*.png"))
-        frames = [Image.open(file) for file in [*files[:-1:4], files[-1]]]  # each fourth, the last
-        first, *others = [frame.reduce(math.ceil(max(frame.size) / 300)) for frame in frames]
-        first.save(out / "training.gif", append_images=others, save_all=True, duration=200, loop=0)
+        user_error("a number is not finite" + "; a smaller --lr may help" * (len(rows) > 1))
+    try:
+        save_image(picture.flatten(0, 1) / 2 + 0.5, out / "new.png", nrow=picture.shape[1])
+        os.replace(out / "new.png", out / "samples" / f"{step:06}.png")  # never half a picture
+        if last:
+            files = sorted(out.glob("samples/[0-9]*.png"))
+            frames = [Image.open(file) for file in [*files[:-1:4], files[-1]]]  # each fourth
+            first, *others = [frame.reduce(math.ceil(max(frame.size) / 300)) for frame in frames]
+            first.save(out / "training.gif", append_images=others, save_all=True, duration=200,
+                       loop=0)
+        if rows:
+            names = list(rows[0])
+            draw_curves(names, table.T).save(out / "curves.png")
+            np.savetxt(out / "losses.csv", table, "%.8g", ",", header=",".join(names), comments="")
+    except OSError as error:  # on Windows, a table that is open in Excel cannot be written
+        print(f"not written: {error}")
     settings = {**vars(args), "checkpoint": None, "device": None}  # these two are not kept
     state = {name: part.state_dict() for name, part in to_save.items()}
     # --generate needs no more of the data. (Without clone(), a slice is saved as the whole tensor.)
-    some_data = data.images[:64].cpu().clone(), data.labels[:50_000].cpu().clone(), data.names
-    torch.save({"script": SCRIPT, "step": step, "rows": rows, "settings": settings,
-                "state": state, "data": some_data}, out / "checkpoint.tmp")
-    os.replace(out / "checkpoint.tmp", out / "checkpoint.pt")  # there is never half a checkpoint
+    some = data.images[:64].cpu().clone(), data.labels[:50_000].cpu().clone(), *data[2:]
+    save({"script": SCRIPT, "step": step, "rows": rows, "settings": settings, "state": state,
+          "data": some}, out / "checkpoint.pt")
+
+
+def save(content, file):
+    """torch.save(), under a hidden name until it is whole: there is never half a file."""
+    part = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        torch.save(content, part)
+        os.replace(part, file)
+    except (OSError, RuntimeError) as error:  # torch calls a full disk a RuntimeError
+        part.unlink(missing_ok=True)
+        user_error(f"{file} cannot be written: {error}")
+
+
+def draw_curves(names, columns):
+    """The columns of losses.csv as curves over the first one, the steps."""
+    image = Image.new("RGB", (640, 120 * len(names) - 105), "white")
+    pen, ends = ImageDraw.Draw(image), columns[0][[0, -1]]
+    x = np.interp(columns[0], ends, (5, 635))
+    for top, name, values in zip(range(0, image.height, 120), names[1:], columns[1:]):
+        low, high = values.min(), values.max()
+        y = np.interp(values, (low, high), (top + 115, top + 25))  # a larger value is further up
+        pen.line(list(zip(x, y)), "navy", 2)
+        pen.text((5, top + 8), f"{name}: {low:.3g} to {high:.3g}, now {values[-1]:.3g}", "black")
+    for left, step in zip((5, 595), ends):
+        pen.text((left, image.height - 13), f"{step:.0f}", "black")
+    return image
 
 
 @contextlib.contextmanager
 def preview(args, G):
     """For drawing: G in eval mode, no gradients, the same random numbers every time."""
-    torch.manual_seed(args.seed)
+    torch.manual_seed(hash(args.seed))
     G.eval()
     with torch.no_grad():
         yield
@@ -327,29 +365,35 @@ def preview(args, G):
 
 
 def generate(args, draw, G):
-    """--generate N: N numbered images, in place of those of an earlier call."""
+    """--generate N: N numbered images, in place of an earlier call's. draw: or {folder: draw}."""
     folder = Path(args.out) / "generated"
-    folder.mkdir(exist_ok=True)
-    for old in folder.glob("[0-9]*.png"):
+    for old in folder.rglob("[0-9]*.png"):
         old.unlink()
     with preview(args, G):
-        for first in range(0, args.generate, 64):
-            for i, image in enumerate(draw(min(64, args.generate - first)), first):
-                save_image(image / 2 + 0.5, folder / f"{i:05}.png")
-    print(f"{args.generate} images in {folder}")
+        for name, draw_some in (draw if isinstance(draw, dict) else {".": draw}).items():
+            (folder / name).mkdir(parents=True, exist_ok=True)
+            for first in range(0, args.generate, 64):
+                for i, image in enumerate(draw_some(min(64, args.generate - first)), first):
+                    save_image(image / 2 + 0.5, folder / name / f"{i:05}.png")
+            print(f"{args.generate} images in {folder / name}")
 
 
 def average_gradients(optimiser, *_):
     """Before an optimiser's step: gradients become their means over torchrun's processes."""
     for group in optimiser.param_groups:
         for p in group["params"]:
-            distributed.all_reduce(p.grad.div_(RANKS))
+            distributed.all_reduce(p.grad.div_(RANKS))  # the sum of everyone's share
 
 
-# Data: every set becomes one uint8 tensor.
-Data = namedtuple("Data", "images labels names")  # (N, C, size, size) uint8; (N, K) 0 or 1; K names
+# Data: every set becomes one tensor of images (N, C, size, size), uint8. Its labels are (N, K),
+# each 0 or 1, with K names. digest is a text that changes with any of it.
+Data = namedtuple("Data", "images labels names digest", defaults=[""])
 SETS = {"cartoon": 32, "mnist": 28, "fashion_mnist": 28, "cifar10": 32, "celeba": 64}  # their sizes
 FACE = ["Blond_Hair", "Eyeglasses", "Mouth_Slightly_Open", "Smiling", "Wearing_Lipstick"]
+YES_NO = {"1": 1, "1.0": 1, "True": 1, "0": 0, "0.0": 0, "False": 0, "-1": 0, "-1.0": 0}
+# Numbers that must be above 0; and what a run's networks are made for, so that it must not change.
+ABOVE_0 = "batch clip critic_steps epochs g_steps generate init_std lr margin steps width".split()
+FIXED = "adversarial attribute beta1 extractor init_std no_labels size width".split()
 
 
 def sample_batch(data, n, device):
@@ -360,25 +404,32 @@ def sample_batch(data, n, device):
 
 def load_images(name, size, root="data", split="train"):
     """A set by name (split "train" or "test"), or a folder -> Data. Kept in root/prepared."""
-    items, open_item, labels, names = find_images(name, size, Path(root), split)
-    facts = [(os.path.getsize(x), os.path.getmtime(x)) for x in items if isinstance(x, Path)]
-    key = hashlib.sha1(repr((items, facts, names, labels.tobytes())).encode()).hexdigest()[:16]
+    items, open_item, labels, names = find_images(name, size, root, split)
+    files = items if type(items) is list else []  # otherwise items are numbers of images
+    facts = [(info.st_size, info.st_mtime) for info in map(os.stat, files)]
+    known = Data._fields, items, facts, names, labels.tobytes()
+    key = hashlib.sha1(repr(known).encode()).hexdigest()[:16]
+    if os.path.exists(root) and not os.access(root, os.W_OK):  # as Kaggle's input
+        root = "data"
     file = Path(root) / "prepared" / f"{Path(name).name[:40]}-{size}-{split}-{key}.pt"
-    if not file.exists():  # the key is another one if any image or label has changed
+    try:  # the key is another one if any image or label has changed
+        saved = torch.load(file, mmap=True, weights_only=True)
+    except Exception:  # there is no such file yet, or it is damaged
         file.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=file.parent) as pixels:
             data = prepare_images(name, size, items, open_item, labels, names, pixels)
-            torch.save(tuple(data), f"{file}.{os.getpid()}")
-        os.replace(f"{file}.{os.getpid()}", file)
-    data = Data(*torch.load(file, mmap=True, weights_only=True))
-    print("labels:", dict(zip(data.names, data.labels.sum(0).tolist())) or "none")
+            save(tuple(data), file)
+        saved = torch.load(file, mmap=True, weights_only=True)
+    data = Data(*saved)
+    counts = dict(zip(data.names[:40], data.labels.sum(0).tolist()))
+    print("labels:", counts or "none", *["and more"] * (len(data.names) > 40))
     return data
 
 
 def prepare_images(name, size, items, open_item, labels, names, file):
     """-> Data, its pixels in a file, not in memory. Copies and unreadable files are left out."""
     order = random.Random(0).sample(range(len(items)), len(items))  # random, always the same
-    kept, contents, broken = [], set(), []
+    kept, contents, broken, digest = [], set(), [], hashlib.sha1()
 
     def decode(i):
         try:
@@ -394,26 +445,29 @@ def prepare_images(name, size, items, open_item, labels, names, file):
                 contents.add(content)
                 kept.append(i)
                 file.write(pixels)
+                digest.update(pixels)
                 if len(kept) % 10_000 == 0:
                     print(f"preparing {name}: {len(kept):,} of {len(items):,} images", flush=True)
     copies = len(items) - len(kept) - len(broken)
-    several = len(contents) - len({pixels for pixels, _ in contents})
     if copies or broken:
         print(f"left out: {copies} copies, {len(broken)} unreadable files", *broken[:1], sep=": ")
-    if several and name not in SETS:
-        print(f"{several} images are in more than one sub-folder")
     if len(kept) < 2:
         user_error(f"--data {name}: no image that can be read, or only one")
     images = np.memmap(file, np.uint8, "r+", shape=(len(kept), 3, size, size))
+    if images.max() < 64:
+        print(f"these images are dark: the brightest value is {images.max()} of 255")
     grey = all((image == image[0]).all() for image in images)
     images = np.ascontiguousarray(images[:, :1] if grey else images)
     used = np.flatnonzero(labels[kept].any(0))  # without labels that no image has
-    labels = torch.from_numpy(labels[kept][:, used])
-    return Data(torch.from_numpy(images), labels, [names[k] for k in used])
+    labels, names = labels[kept][:, used], [names[k] for k in used]
+    digest.update(repr((names, labels.tobytes())).encode())
+    return Data(torch.from_numpy(images), torch.from_numpy(labels), names, digest.hexdigest())
 
 
 def find_images(name, size, root, split):
     """-> items, a function that opens one of them, their labels (N, K) of 0 and 1, K names."""
+    if name in SETS and os.path.isdir(name):
+        print(f"{name} is the built-in set; for the folder of that name, give ./{name}")
     if name == "cartoon":
         labels = np.random.RandomState(int(split == "test")).randint(0, 2, (2560, 5), np.uint8)
         return range(2560), lambda i: draw_face(f"{split} {i}", 4 * size, labels[i]), labels, FACE
@@ -434,69 +488,95 @@ def find_images(name, size, root, split):
 
 def find_celeba(root, split):
     """CelebA or a part of it, anywhere below root. "train" is the published parts train and val."""
-    paths = list_files(root)
-    images = {int(path.stem): path for path in paths
-              if "img_align_celeba" in path.parts and path.stem.isdecimal()}
+    images, rows, names = {}, {}, []
+    for file in list_files(root):
+        name, ending = os.path.splitext(os.path.basename(file))
+        if name.isdecimal() and "img_align_celeba" in file.split(os.sep):
+            images[int(name)] = file
+        elif name == "list_attr_celeba" and ending in (".txt", ".csv"):
+            try:
+                rows, names = read_table(file)
+            except ValueError as error:
+                print(f"{file} is not read: {error}")
     if not images:
         user_error(f"no img_align_celeba with images below {root}. It and list_attr_celeba.txt are "
                    "at https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html and on Kaggle")
-    tables = [p for p in paths if p.name in ("list_attr_celeba.txt", "list_attr_celeba.csv")]
-    text = tables[-1].read_text("utf-8-sig") if tables else ""  # then there are no labels
-    # A row is "000001.jpg -1 1 ...", or that with commas. The longest line above has the names.
-    rows = {int(n): re.findall(r"-?\d", row) for n, row in re.findall(r"(\d+)\.\w+(.*)", text)}
-    header = max(re.split(r"\d+\.", text)[0].splitlines(), key=len, default="")
-    names = re.findall(r'[^\s,;"]+', header.split("image_id")[-1])
     published = range(1, 182638) if split == "train" else range(182638, 202600)
     part = [n for n in published if n in images and (n in rows or not rows)]
     print(f"celeba: {len(part):,} of the {len(published):,} images of the {split} part")
-    labels = np.array([rows.get(n, []) for n in part]).reshape(len(part), len(names)) == "1"
+    labels = np.frombuffer(b"".join(rows.get(n, b"") for n in part), np.uint8)
 
     def open_face(file):  # the centre, 128 x 128 pixels, of a published image
         image = open_image(file)
         return image.crop((25, 45, 153, 173)) if image.size == (178, 218) else image
-    return [images[n] for n in part], open_face, labels.astype(np.uint8), names
+    return [images[n] for n in part], open_face, labels.reshape(len(part), len(names)), names
+
+
+def read_table(file):
+    """CelebA's table -> {number of an image: bytes, 0 or 1 for each of K attributes}, K names."""
+    text = Path(file).read_text("utf-8-sig").translate({ord(c): " " for c in ',;"'}).strip()
+    lines = text.splitlines()
+    start = 1 if lines and lines[0].split()[1:] else 2  # the authors' begins with the row count
+    names, rows = "".join(lines[start - 1 : start]).replace("image_id", "").split(), {}
+    for i, line in enumerate(lines[start:], start + 1):  # they end like 000001.jpg -1 1 1
+        image, *values = line.split()[-1 - len(names) :] or [""]
+        number = re.fullmatch(r"(\d+)\.[a-zA-Z]+", image)
+        wrong = not number or len(values) < len(names) or not YES_NO.keys() >= set(values)
+        if wrong or int(number[1]) in rows:
+            raise ValueError(f"line {i} is not a new image and {len(names)} times -1, 0 or 1")
+        rows[int(number[1])] = bytes(map(YES_NO.get, values))
+    if not rows:
+        raise ValueError("it has no rows")
+    return rows, names
 
 
 def find_folder(name):
-    """All images below a folder, at any depth. Its sub-folders, if there are any, are labels."""
+    """All files below a folder, at any depth. If most are in sub-folders, these are the labels."""
     if not os.path.isdir(name):
         user_error(f"--data {name!r} is neither a folder nor one of {', '.join(SETS)}")
-    folder, known = os.path.abspath(name), Image.registered_extensions()
-    parts = {file: file.relative_to(folder).parts for file in list_files(folder)}
-    names = sorted({p[0] for p in parts.values() if p[1:] and Path(p[-1]).suffix.lower() in known})
-    for top, *rest in sorted(parts.values(), key=lambda p: p[0].lower() != "train"):  # train first
+    parts = {file: os.path.relpath(file, name).split(os.sep) for file in list_files(name)}
+    inside = [p[0] for p in parts.values() if p[1:]]
+    names = sorted(set(inside))
+    # A folder train, or a single folder, above the labels: they are one level deeper.
+    for top, *rest in sorted(parts.values(), key=lambda p: p[0].lower() != "train"):
         of_a_set = top.lower() in ("train", "test", "val", "valid", "validation")
         if len(rest) > 1 and (of_a_set or names == [top]):
             user_error(f"--data {name}: the labels are one folder deeper; give {name}/{top}")
-    files = [file for file in parts if parts[file][0] in names or not names]
+    if names and (len(inside) <= len(parts) / 2 or len(names) > 1000):
+        print(f"no labels: {len(names)} sub-folders have {len(inside)} of the {len(parts)} files")
+        names = []
+    column = {label: k for k, label in enumerate(names)}
+    files = [file for file in parts if parts[file][0] in column or not names]
     if len(files) < len(parts):
         print(f"left out: {len(parts) - len(files)} files that are in no label's folder")
-    labels = np.array([[parts[file][0] == label for label in names] for file in files], np.uint8)
+    labels = np.eye(len(names), dtype=np.uint8)[[column[parts[f][0]] for f in files if names]]
     return files, open_image, labels.reshape(len(files), len(names)), names
 
 
 def list_files(folder):
     """All files below a folder but hidden ones, prepared sets, and runs. Links are followed."""
     found, visited = [], set()
-    for parent, folders, files in os.walk(folder, followlinks=True):
-        real = os.path.realpath(parent)
-        if real in visited or ("samples" in folders and "real.png" in files):  # a circle; a run
+    for parent, folders, files in os.walk(Path(folder), onerror=print, followlinks=True):
+        real, is_a_run = os.path.realpath(parent), "samples" in folders and "real.png" in files
+        if real in visited:
+            print(f"left out: {parent}, since it is {real}, which is read already")
+        if real in visited or is_a_run:
             folders[:], files = [], []  # os.walk() goes on with what is left in folders
         visited.add(real)
         folders[:] = sorted(name for name in folders if name[0] != ".")
-        found += [Path(parent, name) for name in files if name[0] != "." and name[-3:] != ".pt"]
-    return sorted(filter(os.path.isfile, found), key=str)
+        found += [os.path.join(parent, name) for name in files
+                  if name[0] != "." and name[-3:] != ".pt" and name != "labels.csv"]
+    return sorted(filter(os.path.isfile, found))
 
 
 def open_image(path):
     """An image file as RGB: upright, 8 bits, on white where it is transparent."""
     image = ImageOps.exif_transpose(Image.open(path))
-    if image.mode[0] in "IF":  # more than 8 bits, or fractions: convert() would clip them
+    if image.mode[0] in "IF":  # 16 bits, or fractions: convert() would clip them
         values = np.asarray(image, np.float64)
-        low, high = values.min(), values.max()
-        white = 1 if high <= 1 else 255 if high <= 255 or image.mode == "F" else 65535
-        if not 0 <= low <= high <= white or 1 < high < 2:
-            raise ValueError(f"its values, {low:g} to {high:g}, may mean anything")
+        white = 65535 if image.mode[0] == "I" else 255 if values.max() > 1 else 1  # its value
+        if not 0 <= values.min() <= values.max() <= white:
+            raise ValueError(f"its values, {values.min():g} to {values.max():g}, may mean anything")
         image = Image.fromarray((255 / white * values).round().astype(np.uint8))
     if image.has_transparency_data:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
@@ -542,7 +622,8 @@ def parse_arguments(argv):
     parser = argparse.ArgumentParser(  # without a usage text, so that an error is one line
         prog=f"{SCRIPT}.py", usage=argparse.SUPPRESS, description=__doc__, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
+    add, devices = parser.add_argument, ["cuda"] * torch.cuda.is_available()
+    devices += ["mps"] * torch.backends.mps.is_available() + ["cpu"]
     add("--data", default="cartoon", help=f"{', '.join(SETS)}, or a folder of images (cartoon)")
     add("--root", default="data", help="where the data sets are, or are downloaded to (data)")
     add("--size", type=int, choices=SIZES, help="side of the images in pixels")
@@ -551,58 +632,85 @@ def parse_arguments(argv):
     add("--batch", type=int, help="images in a step (%(default)s)")
     add("--lr", type=float, help="learning rate (%(default)s)")
     add("--seed", type=int, default=0, help="another one gives another run (0)")
-    add("--device", help="cuda, mps or cpu; by default the first of them that is there")
+    add("--device", choices=devices, help="by default the first of cuda, mps, cpu that is there")
     add("--out", help="folder of the run (runs/SCRIPT-DATA)")
     add("--resume", action="store_true", help="go on from the checkpoint in --out")
     add("--generate", type=int, metavar="N", help="draw N images with the checkpoint in --out")
     cartoon = add_arguments(parser)
     parser.epilog += " On cartoon:" + "".join(f" --{k} {v}" for k, v in cartoon.items())
 
-    args = parser.parse_args(argv)  # for now: the defaults depend on some of them
-    out, checkpoint = Path(args.out or f"runs/{SCRIPT}-{Path(args.data).resolve().name}"), {}
+    args = parser.parse_args(argv)  # a first look: the defaults depend on some of them
+    for flag, value in vars(args).items():
+        if flag in ABOVE_0 and type(value) in (int, float) and not 0 < value < math.inf:
+            user_error(f"--{flag.replace('_', '-')} {value}: it must be above 0 and finite")
+    name, checkpoint = Path(args.data).resolve().name, {}
+    name += "-folder" * (name in SETS and name != args.data)  # cartoon and ./cartoon are two
+    out = Path(args.out or f"runs/{SCRIPT}-{name}")
     if args.data == "cartoon":
         parser.set_defaults(**cartoon)
     if args.resume or args.generate:
-        checkpoint = torch.load(out / "checkpoint.pt", map_location="cpu", weights_only=True)
-        if checkpoint.get("script") != SCRIPT:
+        try:
+            checkpoint = torch.load(out / "checkpoint.pt", map_location="cpu", weights_only=True)
+            script = checkpoint.get("script")
+        except Exception as error:  # a damaged file can make torch raise anything
+            user_error(f"{out / 'checkpoint.pt'}: {str(error)[:200] or 'it is empty'}")
+        if script != SCRIPT:
             user_error(f"{out} is a run of another script, or of an earlier version")
         parser.set_defaults(**checkpoint["settings"])
     elif (out / "samples").exists():
         user_error(f"{out} holds a run already: --resume it, delete it, or choose another --out")
     args = parser.parse_args(argv)
+    for flag, value in checkpoint.get("settings", {}).items():
+        if flag in FIXED and vars(args)[flag] != value:
+            user_error(f"--{flag.replace('_', '-')} {vars(args)[flag]}: this run has {value}")
+    if checkpoint and args.epochs:  # a run keeps its number of steps, so these epochs are new
+        args.steps = None
     args.out, args.checkpoint, usual = str(out), checkpoint, SETS.get(args.data, 64)
     args.size = args.size or min(SIZES, key=lambda size: abs(size - usual))
-    best = torch.accelerator.current_accelerator(check_available=True) or "cpu"
-    args.device = torch.device(args.device or best)
+    args.device = torch.device(args.device or devices[0])
     if args.device.type == "cuda":
-        torch.cuda.set_device(int(TORCHRUN.get("LOCAL_RANK", args.device.index or 0)))
+        torch.cuda.set_device(int(TORCHRUN.get("LOCAL_RANK", 0)))
         torch.backends.cudnn.benchmark = True
     return args
 
 
 def get_data(args):
     """-> Data, on the GPU if it fits there. For --generate, what the checkpoint has of it."""
+    before = Data(*args.checkpoint["data"]) if args.checkpoint else None
     if args.generate:
-        return Data(*args.checkpoint["data"])
+        return before
     data = load_images(args.data, args.size, args.root)
-    if args.resume and data.names != Data(*args.checkpoint["data"]).names:
-        user_error(f"{args.data} has other labels than this run")
+    if before and (data.names, data.images.shape[1]) != (before.names, before.images.shape[1]):
+        user_error(f"{args.data} has other labels or channels than this run")
+    if before and data.digest != before.digest:
+        print(f"{args.data} is not the data that this run began with: some of it has changed")
+    if not args.steps:
+        args.steps = max(1, round(args.epochs * len(data.images) / args.batch / RANKS))
+    done, args.epochs = args.checkpoint.get("step", 0), None
+    if done >= args.steps:
+        user_error(f"this run has made its {done} steps; for more, give --steps")
     if args.device.type == "cuda" and data.images.nbytes < torch.cuda.mem_get_info()[0] / 2:
-        return Data(data.images.to(args.device), data.labels.to(args.device), data.names)
+        return data._replace(images=data.images.to(args.device), labels=data.labels.to(args.device))
     return data
 
 
 def main(argv=None):
-    """Run with these arguments; by default, with those of the command line."""
-    try:
+    """Run with these arguments; by default, with those that this script was started with."""
+    if argv is None:  # in a notebook, sys.argv is the notebook's
+        argv = sys.argv[1:] if Path(sys.argv[0]).stem == SCRIPT else []
+
+    def begin():
         args = parse_arguments(argv)
-        data = get_data(args) if RANK == 0 else None  # torchrun's first process prepares the data
-        if RANKS > 1:
-            kinds = "cpu:gloo,cuda:nccl" if args.device.type == "cuda" else "gloo"
-            distributed.init_process_group(kinds)  # where the others wait for it
+        return args, get_data(args)
+
+    try:
+        begun = begin() if RANK == 0 else None  # the first of torchrun's processes tells mistakes
+        if RANKS > 1:  # and prepares the data, while the others wait here
+            kinds = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+            distributed.init_process_group(kinds)  # processes on CPUs talk by gloo, GPUs by nccl
             register_optimizer_step_pre_hook(average_gradients)
-        data = data or get_data(args)
-        torch.manual_seed(args.seed)  # the same first weights in all processes
+        args, data = begun or begin()
+        torch.manual_seed(hash(args.seed))  # the same first weights in all processes
         train(args, data)
         if RANKS > 1:
             distributed.destroy_process_group()  # without it, a process may crash as it ends
@@ -613,5 +721,6 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # for names that the terminal cannot show
+    if hasattr(sys.stdout, "reconfigure"):  # for names that the terminal cannot show
+        sys.stdout.reconfigure(errors="backslashreplace")
     main()

@@ -83,8 +83,44 @@ def test_aux_weighs_the_labels(monkeypatch):
         assert losses[3][name] - losses[0][name] == pytest.approx(3 * by_one, rel=1e-3)
 
 
+def test_with_aux_and_aux_fakes_1_the_losses_are_eq_2_and_3_of_the_paper(monkeypatch):
+    """L_D = -(L_S + L_C) and L_G = -log D(G(z)) - log P(y'|G(z)), written out; by default D learns
+    nothing from the labels of fakes.
+    """
+    data, outputs = cartoons(acgan, 16, 16), []
+
+    def watch(run):
+        torch.manual_seed(0)
+        outputs.clear()
+        if not run.logs:
+            run.to_save["D"].register_forward_hook(lambda net, images, made: outputs.append(made))
+            run.to_save["G"].register_forward_hook(lambda net, z_y, made: given.append(z_y[1]))
+
+    batch = acgan.sample_batch
+    for fakes in (0, 1):
+        given, steps = [], []
+        monkeypatch.setattr(acgan, "sample_batch", lambda *args: (
+            steps.append(batch(*args)), steps[-1])[1])
+        flags = [*TINY, "--aux", 1, "--aux-fakes", fakes, "--lr", 1e-12]
+        run = run_train(acgan, monkeypatch, flags, data,
+                        watch=lambda run: run.logs or watch(run))
+        (real, real_labels), (fake, fake_labels), (again, again_labels) = outputs
+        real_y, fake_y = steps[0][1], given[0]
+
+        def log_p(logits, y):  # the mean over attributes of log P
+            p = logits.sigmoid()
+            return (y * p.log() + (1 - y) * (1 - p).log()).mean()
+
+        L_S = real.sigmoid().log().mean() + (1 - fake.sigmoid()).log().mean()
+        L_C = log_p(real_labels, real_y) + fakes * log_p(fake_labels, fake_y)
+        losses = run.logs[0]
+        assert losses["loss_D"].item() == pytest.approx(-(L_S + L_C).item(), rel=1e-4)
+        L_G = -again.sigmoid().log().mean() - log_p(again_labels, fake_y)
+        assert losses["loss_G"].item() == pytest.approx(L_G.item(), rel=1e-4)
+
+
 def test_each_image_is_judged_by_its_own_label(monkeypatch):
-    """D learns the labels of real images alone; G is compared with the labels that it was given."""
+    """G is compared with the labels that it was given; so is D, with --aux-fakes."""
     data, given, compared = cartoons(acgan, 16, 16), [], []
     label_loss = acgan.label_loss
     monkeypatch.setattr(acgan, "label_loss", lambda logits, y, one_hot: (
@@ -95,8 +131,9 @@ def test_each_image_is_judged_by_its_own_label(monkeypatch):
             run.to_save["G"].register_forward_hook(lambda net, z_y, made: given.append(z_y[1]))
 
     run_train(acgan, monkeypatch, TINY, data, watch=watch)
-    (drawn_for,), (real, fake) = given, compared
-    assert torch.equal(fake, drawn_for) and not torch.equal(real, drawn_for)
+    (drawn_for,), (real, fake_in_D, fake_in_G) = given, compared
+    assert torch.equal(fake_in_D, drawn_for) and torch.equal(fake_in_G, drawn_for)
+    assert not torch.equal(real, drawn_for)
     rows = {tuple(row.tolist()) for row in data.labels}
     assert {tuple(row.int().tolist()) for row in real} <= rows
 
@@ -174,16 +211,16 @@ def test_generate_writes_the_picture_of_labels_too(tmp_path, monkeypatch, capsys
         single, shown = seen
         assert {tuple(row.int().tolist()) for row in single} <= {
             tuple(row.tolist()) for row in cartoons(acgan, 2560, 16).labels}
-        assert len(list((tmp_path / "run" / "generated").iterdir())) == len(single) == n
+        assert len(list((tmp_path / "run" / "generated").glob("*.png"))) == len(single) == n
         assert len(shown) == rows * columns
         assert Image.open("run/labels.png").size == (18 * columns + 2, 18 * rows + 2)
     capsys.readouterr()
 
 
 @pytest.mark.parametrize(("flags", "expected"), [
-    (["--attributes", "Smiling,Sad"], "--attributes Sad: there are Blond_Hair, Eyeglasses"),
+    (["--attributes", "Smiling,Sad"], "there is no label Sad, but Blond_Hair, Eyeglasses"),
     (["--data", "flat"], "flat has no labels. A folder needs one sub-folder per class"),
-    (["--data", "classes", "--attributes", "a,c"], "--attributes c: there are a, b"),
+    (["--data", "classes", "--attributes", "a,c"], "there is no label c, but a, b"),
 ])
 def test_mistakes_are_one_line_and_leave_nothing(tmp_path, monkeypatch, capsys, flags, expected):
     monkeypatch.chdir(tmp_path)

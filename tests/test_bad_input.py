@@ -17,7 +17,8 @@ TINY = ["--size", 16, "--batch", 8, "--width", 8, "--device", "cpu", "--root", D
 def desk(tmp_path, monkeypatch, capsys):
     """A folder with the things that the table below names, and a finished run in old."""
     monkeypatch.chdir(tmp_path)
-    for folder in ("empty", "words", "broken", "few", "foreign", "earlier", "pets/train/cat"):
+    for folder in ("empty", "words", "broken", "few", "pets/train/cat",
+                   "foreign", "earlier", "list", "hollow", "cut", "noise"):
         (tmp_path / folder).mkdir(parents=True)
     (tmp_path / "words" / "a.txt").write_text("no image")
     (tmp_path / "broken" / "a.png").write_bytes(b"no image")
@@ -29,6 +30,10 @@ def desk(tmp_path, monkeypatch, capsys):
     saved = torch.load(tmp_path / "old" / "checkpoint.pt")
     torch.save({**saved, "script": "other"}, tmp_path / "foreign" / "checkpoint.pt")
     torch.save({"form": "dcgan 2"}, tmp_path / "earlier" / "checkpoint.pt")
+    torch.save([1, 2], tmp_path / "list" / "checkpoint.pt")
+    whole = (tmp_path / "old" / "checkpoint.pt").read_bytes()
+    for folder, content in [("hollow", b""), ("cut", whole[:-1000]), ("noise", b"noise")]:
+        (tmp_path / folder / "checkpoint.pt").write_bytes(content)
     capsys.readouterr()
     return tmp_path
 
@@ -56,9 +61,14 @@ TABLE = [
     ("extra", "unrecognized arguments: extra"),
     ("--out file --steps 1", "file"),
     ("--out old", "old holds a run already"),
-    ("--resume", "No such file or directory: 'runs/dcgan-cartoon/checkpoint.pt'"),
-    ("--generate 4", "No such file or directory: 'runs/dcgan-cartoon/checkpoint.pt'"),
+    ("--device gpu", "argument --device: invalid choice: 'gpu' (choose from"),
+    ("--resume", "runs/dcgan-cartoon/checkpoint.pt: [Errno 2] No such file or directory"),
+    ("--generate 4", "runs/dcgan-cartoon/checkpoint.pt: [Errno 2] No such file or directory"),
     ("--resume --out empty", "empty/checkpoint.pt"),
+    ("--resume --out hollow", "hollow/checkpoint.pt: "),
+    ("--resume --out cut", "cut/checkpoint.pt: "),
+    ("--resume --out noise", "noise/checkpoint.pt: "),
+    ("--generate 4 --out list", "list/checkpoint.pt: "),
     ("--resume --out foreign", "foreign is a run of another script, or of an earlier version"),
     ("--generate 4 --out earlier", "earlier is a run of another script, or of an earlier version"),
     ("--resume --out old", "this run has made its 1 steps; for more, give "),
@@ -78,6 +88,27 @@ def test_a_mistake_is_one_line_status_two_and_changes_nothing(desk, capsys):
             wrong.append((flags, "changed", set(tree(desk)) ^ set(before)))
             before = tree(desk)
     assert not wrong
+
+
+NUMBERS = ("steps", "generate", "epochs", "batch", "lr", "width", "clip", "critic_steps", "g_steps",
+           "init_std", "margin")
+
+
+def test_a_number_that_must_be_above_0_is_and_is_finite(module, alone, capsys):
+    """Otherwise: one line that names the flag, and nothing changes on the disk."""
+    wrong, before = [], tree(alone)
+    settings = vars(module.parse_arguments([]))
+    for name in NUMBERS:
+        flag = "--" + name.replace("_", "-")
+        if name not in settings or (name == "generate" and "colorize" in module.__doc__):
+            continue
+        for value in ("0", "-1", "nan", "inf"):
+            capsys.readouterr()
+            status = call(module, flag, value, "--root", DATA)
+            error = capsys.readouterr().err
+            if status != 2 or error.count("\n") != 1 or flag not in error:
+                wrong.append((flag, value, status, error))
+    assert not wrong and tree(alone) == before
 
 
 @pytest.mark.parametrize("name", ["mnist", "fashion_mnist", "cifar10"])

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import DATA, HERE, load, shell
+from conftest import DATA, HERE, load, shell, tree
 from PIL import Image
 
 dcgan = load(HERE / "dcgan.py")
@@ -270,6 +270,96 @@ def test_celeba_that_is_missing_says_what_to_get_and_where_to_put_it(tmp_path, c
         assert part in error
 
 
+def cells(change):
+    """What changes the values of a CSV table, given as its lines."""
+    def change_row(line):
+        image, *values = line.split(",")
+        return ",".join([image, *map(change, values)])
+    return lambda lines: [lines[0], *map(change_row, lines[1:])]
+
+
+def instead(n, line):  # of the n-th line, counted from 1
+    return lambda lines: [*lines[: n - 1], line, *lines[n:]]
+
+
+def order(*columns):
+    return lambda lines: [",".join(line.split(",")[k] for k in columns) for line in lines]
+
+
+def append(name, value):
+    return lambda lines: [lines[0] + name, *[line + value for line in lines[1:]]]
+
+
+RIGHT = {  # changes after which a table means the same as image_id,Bald,Smiling,Young did
+    "as it is": lambda lines: lines,
+    "0 for no": cells(lambda cell: cell.replace("-1", "0")),
+    "fractions": cells(lambda cell: f"{cell}.0"),
+    "words": cells(lambda cell: str(cell == "1")),
+    "tabs": lambda lines: [line.replace(",", "\t") for line in lines],
+    "another order": lambda lines: [lines[0], *lines[:0:-1]],
+}
+WRONG = {  # changes that leave its meaning in doubt, and what is said then
+    "a typographic minus": (cells(lambda cell: cell.replace("-", "\u2212")), "line 2 "),
+    "2 and 1 for yes and no": (cells(lambda cell: {"1": "2", "-1": "1"}[cell]), "line 2 "),
+    "a blank cell": (instead(5, "000004.jpg,-1,,1"), "line 5 "),
+    "another number": (instead(6, "000005.jpg,1,-1,0.5"), "line 6 "),
+    "a lost 1": (instead(4, "000003.jpg,1,1,-"), "line 4 "),
+    "a row cut in its last value": (instead(9, "000008.jpg,-1,-1,-"), "line 9 "),
+    "a row cut before it": (instead(9, "000008.jpg,-1,-1"), "line 9 "),
+    "two rows in one line": (instead(3, "000002.jpg,-1,1,-1000003.jpg,1,1,-1"), "line 3 "),
+    "a number twice": (instead(4, "000002.jpg,1,1,-1"), "line 4 "),
+    "a word beneath": (lambda lines: [*lines, "end"], "line 10 "),
+    "image_id last": (order(1, 2, 3, 0), "line 2 "),
+    "image_id second": (order(1, 0, 2, 3), "line 2 "),
+    "a further column of numbers": (append(",age", ",31"), "line 2 "),
+    "a further column without a name": (append("", ",1"), "line 2 "),
+    "a column too few": (lambda lines: [lines[0], *order(0, 1, 2)(lines[1:])], "line 2 "),
+    "no names": (lambda lines: lines[1:], "line 2 "),
+    "bars": (lambda lines: [line.replace(",", "|") for line in lines], "line 3 "),
+    "names alone": (lambda lines: lines[:1], "no rows"),
+    "nothing": (lambda lines: [], "no rows"),
+}
+
+
+def test_a_table_of_celeba_gives_the_right_labels_or_none_and_a_line_that_says_why(
+        tmp_path, capsys):
+    make_celeba(tmp_path, "img_align_celeba", "list_attr_celeba.csv")
+    table = tmp_path / "list_attr_celeba.csv"
+    lines = table.read_text().splitlines()
+    for name, change in RIGHT.items():
+        table.write_text("\n".join(change(lines)) + "\n")
+        assert assert_celeba(tmp_path).names == ATTRIBUTES, name
+        assert "not read" not in capsys.readouterr().out, name
+    for name, (change, reason) in WRONG.items():
+        table.write_text("\n".join(change(lines)))
+        assert_no_labels(tmp_path, table, reason, capsys, name)
+    for encoding in ("utf-16", "utf-16-le"):
+        table.write_text("\n".join(lines), encoding)
+        assert_no_labels(tmp_path, table, "", capsys, encoding)
+
+
+def assert_no_labels(root, table, reason, capsys, name):
+    """All eight faces, and one line with the table's name and the reason."""
+    capsys.readouterr()
+    data = dcgan.load_images("celeba", 64, root)
+    assert data.images.shape == (8, 3, 64, 64) and data.labels.shape == (8, 0), name
+    told = [line for line in capsys.readouterr().out.splitlines() if str(table) in line]
+    assert len(told) == 1 and "is not read" in told[0] and reason in told[0], name
+
+
+def test_the_authors_table_of_celeba_is_read_as_strictly(tmp_path, capsys):
+    make_celeba(tmp_path, "img_align_celeba", "list_attr_celeba.txt")
+    table = tmp_path / "list_attr_celeba.txt"
+    text = table.read_text()
+    for old, new, reason in [("  -1\n", "  -\n", "line 3 "), ("-1", "\u22121", "line 3 "),
+                             ("Young", "", "line 3 "), ("000004.jpg -1", "000004.jpg ", "line 6 "),
+                             (text[text.index("000"):], "", "no rows"), (text, "8", "no rows")]:
+        table.write_text(text.replace(old, new))
+        assert_no_labels(tmp_path, table, reason, capsys, (old, new))
+    table.write_text(text.split("\n", 1)[1])  # without the count of rows
+    assert assert_celeba(tmp_path).names == ATTRIBUTES
+
+
 def test_celeba_that_grows_is_prepared_again(tmp_path):
     make_celeba(tmp_path, "img_align_celeba", "list_attr_celeba.txt")
     assert_celeba(tmp_path)
@@ -394,8 +484,6 @@ def test_values_of_every_kind_of_file_come_to_0_to_255(tmp_path):
     for name, values in {
         "of 0 to 1.tif": np.float32(grey / 255),
         "of 0 to 255.tif": np.float32(grey),
-        "32 bits.tif": np.int32(grey),
-        "8 in 16 bits.tif": np.uint16(grey),
         "16 bits.tif": np.uint16(grey) * 257,
         "16 bits.png": np.uint16(grey) * 257,
     }.items():
@@ -403,7 +491,26 @@ def test_values_of_every_kind_of_file_come_to_0_to_255(tmp_path):
     assert not scaled(tmp_path / "black.tif", np.zeros((4, 4), np.float32)).any()
 
 
-@pytest.mark.parametrize("low, high", [(-1, 1), (0, 1.5), (0, 4000), (0, float("nan"))])
+def test_16_bits_mean_65535_however_dark_the_image_is_and_a_dark_set_is_told(tmp_path, capsys):
+    """A camera's 12 bits stay dark, and an image that stays below 256 is not stretched to white."""
+    (tmp_path / "own").mkdir()
+    for ending in ("png", "tif"):
+        for highest, brightest in [(4095, 16), (255, 1), (65535, 255)]:
+            values = np.linspace(0, highest, 256).astype(np.uint16).reshape(16, 16)
+            path = tmp_path / "own" / f"{highest}.{ending}"
+            assert scaled(path, values).max() == brightest, path
+    prepared(tmp_path / "own")
+    assert "dark" not in capsys.readouterr().out  # the third is bright
+    for ending in ("png", "tif"):
+        (tmp_path / "own" / f"65535.{ending}").unlink()
+    prepared(tmp_path / "own")
+    assert "these images are dark: the brightest value is 16 of 255\n" in capsys.readouterr().out
+    Image.new("L", (16, 16), 64).save(tmp_path / "own" / "64.png")
+    prepared(tmp_path / "own")
+    assert "dark" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("low, high", [(-1, 1), (0, 4000), (0, float("nan"))])
 def test_a_file_whose_values_are_in_doubt_is_left_out_with_the_reason(tmp_path, capsys, low, high):
     pictures(tmp_path / "own", "1.png", "2.png")
     values = np.full((4, 4), low, np.float32)
@@ -473,15 +580,93 @@ def test_a_stray_picture_above_the_classes_is_left_out_and_counted(tmp_path, cap
     assert "left out: 1 files that are in no label's folder" in capsys.readouterr().out
 
 
-def test_a_picture_in_two_classes_is_told_and_kept_in_both(tmp_path, capsys):
+def test_a_picture_in_two_classes_is_kept_in_both_but_once_in_each(tmp_path, capsys):
     pictures(tmp_path / "own", "A/1.png", "B/1.png", "C/1.png")
     for copy in ("A/2.png", "C/2.png"):
         shutil.copy(tmp_path / "own" / "A" / "1.png", tmp_path / "own" / copy)
     data = prepared(tmp_path / "own")
     assert data.labels.sum(0).tolist() == [1, 1, 2] and data.labels.sum(1).tolist() == [1] * 4
+    assert "left out: 1 copies, 0 unreadable" in capsys.readouterr().out  # A/2.png
+
+
+def test_photos_beside_a_sub_folder_are_no_stray_pictures(tmp_path, capsys):
+    """Only if most images lie in sub-folders are these the labels; otherwise all images count."""
+    pictures(tmp_path / "own", *(f"{i}.png" for i in range(4)), "small/1.png", "small/2.png")
+    data = prepared(tmp_path / "own")
+    assert data.names == [] and len(data.images) == 6
     text = capsys.readouterr().out
-    assert "1 copies" in text  # A/2.png
-    assert "1 images are in more than one sub-folder" in text
+    assert "no labels: 1 sub-folders have 2 of the 6 files\n" in text and "left out" not in text
+    pictures(tmp_path / "own", "small/3.png", "small/4.png", "small/5.png")
+    data = prepared(tmp_path / "own")
+    assert data.names == ["small"] and len(data.images) == 5
+    assert "left out: 4 files that are in no label's folder" in capsys.readouterr().out
+
+
+def test_files_without_an_ending_make_a_class_as_any_do(tmp_path):
+    for name in ("cat/1.png", "cat/2.png", "dog/1", "dog/2", "dog/3"):
+        (tmp_path / "own" / name).parent.mkdir(parents=True, exist_ok=True)
+        picture().save(tmp_path / "own" / name, format="PNG")
+    data = prepared(tmp_path / "own")
+    assert data.names == ["cat", "dog"] and data.labels.sum(0).tolist() == [2, 3]
+
+
+def test_more_than_1000_sub_folders_are_no_labels(tmp_path, capsys):
+    for i in range(1000):
+        (tmp_path / "own" / f"{i}").mkdir(parents=True)
+        (tmp_path / "own" / f"{i}" / "1.png").write_bytes(b"")
+    files, _, labels, names = dcgan.find_folder(f"{tmp_path}/own")
+    assert len(files) == len(names) == 1000 and labels.tolist() == np.eye(1000).tolist()
+    assert capsys.readouterr().out == ""
+    (tmp_path / "own" / "more").mkdir()
+    (tmp_path / "own" / "more" / "1.png").write_bytes(b"")
+    files, _, labels, names = dcgan.find_folder(f"{tmp_path}/own")
+    assert len(files) == 1001 and labels.shape == (1001, 0) and names == []
+    assert "no labels: 1001 sub-folders" in capsys.readouterr().out
+
+
+def test_of_many_labels_only_some_are_printed(tmp_path, capsys):
+    pictures(tmp_path / "own", *(f"person {i}/1.png" for i in range(60)))
+    assert len(prepared(tmp_path / "own").names) == 60
+    told, = [line for line in capsys.readouterr().out.splitlines() if line.startswith("labels")]
+    assert "person 0'" in told and told.endswith(" and more") and told.count("person") == 40
+
+
+def test_a_class_that_may_not_be_read_is_told(tmp_path, capsys, monkeypatch):
+    pictures(tmp_path / "own", "cat/1.png", "cat/2.png", "dog/1.png")
+    scandir = os.scandir
+
+    def refuse_dogs(folder):
+        if os.path.basename(folder) == "dog":
+            raise PermissionError(13, "Permission denied", str(folder))
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", refuse_dogs)
+    assert prepared(tmp_path / "own").names == ["cat"]
+    assert f"Permission denied: '{tmp_path}/own/dog'\n" in capsys.readouterr().out
+
+
+def test_a_class_that_links_to_another_one_is_told(tmp_path, capsys):
+    pictures(tmp_path / "own", "cat/1.png", "dog/1.png")
+    (tmp_path / "own" / "puma").symlink_to("cat")
+    assert prepared(tmp_path / "own").names == ["cat", "dog"]
+    text = capsys.readouterr().out
+    assert f"left out: {tmp_path}/own/puma, since it is {tmp_path}/own/cat, which is read" in text
+
+
+def test_a_built_in_set_is_not_the_folder_of_its_name(tmp_path, monkeypatch, capsys):
+    """They have run folders of their own, and which one is taken is told."""
+    monkeypatch.chdir(tmp_path)
+    outs = [dcgan.parse_arguments(["--data", data]).out
+            for data in ("cartoon", "./cartoon", "cartoon/", "elsewhere/mnist", "mnist", "pets")]
+    assert outs[0] == "runs/dcgan-cartoon" and outs[5] == "runs/dcgan-pets"
+    assert outs[1] == outs[2] and len(set(outs)) == 5
+    dcgan.load_images("cartoon", 16, DATA)
+    assert "./cartoon" not in capsys.readouterr().out
+    pictures("cartoon", "1.png", "2.png")
+    assert len(dcgan.load_images("cartoon", 16, DATA).images) == 2560
+    assert "for the folder of that name, give ./cartoon\n" in capsys.readouterr().out
+    assert len(dcgan.load_images("./cartoon", 16).images) == 2
+    assert "built-in" not in capsys.readouterr().out
 
 
 def test_a_linked_class_has_the_links_own_name(tmp_path):
@@ -502,7 +687,7 @@ def test_links_that_run_in_a_circle_are_survived(tmp_path, capsys, link, target)
     (tmp_path / "own" / link).symlink_to(target)
     data = prepared(tmp_path / "own")
     assert data.names == ["cat", "dog"] and data.labels.sum(0).tolist() == [1, 2]
-    assert "left out" not in capsys.readouterr().out  # as copies
+    assert "copies" not in capsys.readouterr().out
 
 
 def test_a_run_inside_the_folder_is_not_read_but_a_class_with_a_checkpoint_is(tmp_path):
@@ -543,6 +728,38 @@ def test_the_cache_is_read_and_notices_added_and_removed_files(tmp_path, monkeyp
     (own / "1.png").unlink()
     assert len(prepared(own).images) == 3
     assert not list(Path(f"{own}-root").rglob("*.pt.*"))  # nothing half-written is left
+
+
+def test_a_prepared_set_that_is_damaged_is_made_anew(tmp_path):
+    pictures(tmp_path / "own", "1.png", "2.png", "3.png")
+    first = prepared(tmp_path / "own")
+    file, = Path(f"{tmp_path}/own-root/prepared").iterdir()
+    whole = file.read_bytes()
+    for damaged in (b"", b"noise", whole[:9], whole[: len(whole) // 2], whole[:-9]):
+        file.unlink()  # first.images are still read from it
+        file.write_bytes(damaged)
+        assert torch.equal(prepared(tmp_path / "own").images, first.images)
+        assert file.stat().st_size == len(whole)
+
+
+def test_where_root_cannot_be_written_prepared_sets_go_to_the_current_folder(tmp_path, monkeypatch):
+    """As for --root /kaggle/input. os.access() is patched, since root may write anywhere."""
+    make_celeba(tmp_path / "input", "img_align_celeba", "list_attr_celeba.txt")
+    (tmp_path / "desk").mkdir()
+    monkeypatch.chdir(tmp_path / "desk")
+    access = os.access
+
+    def read_only(path, mode, **options):
+        inside = Path(path).resolve().is_relative_to(tmp_path / "input")
+        return not (inside and mode & os.W_OK) and access(path, mode, **options)
+
+    monkeypatch.setattr(os, "access", read_only)
+    before = tree(tmp_path / "input")
+    first = assert_celeba(tmp_path / "input")
+    assert tree(tmp_path / "input") == before
+    assert len(list((tmp_path / "desk" / "data" / "prepared").iterdir())) == 1
+    monkeypatch.setattr(dcgan, "prepare_images", None)  # it is found there again
+    assert torch.equal(assert_celeba(tmp_path / "input").images, first.images)
 
 
 @pytest.mark.parametrize("ending, seconds", [("png", 0), ("bmp", 9)])

@@ -101,9 +101,14 @@ def test_statistics_do_not_depend_on_the_batches():
         assert found.n == 101 and found.mu.dtype == found.sigma.dtype == torch.float64
         assert torch.allclose(found.mu, exact.mean(0), rtol=1e-14)
         assert torch.allclose(found.sigma, exact.T.cov(), rtol=1e-9, atol=1e-9)
-        assert found.features is None
-    kept = fid.statistics(x.split(7), "w", keep=True)
-    assert torch.equal(kept.features, x) and kept.weights == "w"
+        assert torch.equal(found.features, x)
+    assert fid.statistics([x], "w").weights == "w"
+
+
+def test_a_covariance_is_summed_over_parts_of_many_images():
+    x = features(20_500, 3)
+    found = fid.statistics(x.split(5000))
+    assert torch.allclose(found.mu, x.mean(0)) and torch.allclose(found.sigma, x.T.cov())
 
 
 def test_kid_is_what_a_double_loop_gives():
@@ -175,11 +180,16 @@ def weights(original, tmp_path_factory):
 
 
 def test_averages_do_not_count_the_padding_and_the_last_block_takes_maxima(original):
-    ones = torch.ones(1, 1, 5, 5)
-    assert torch.equal(fid.average(ones), ones)  # torchvision's would give 4/9 at the corners
-    assert torch.equal(fid.maximum(-ones), -ones)
     net = fid.build_inception(original.state_dict())
-    assert net.Mixed_7b.pool is fid.average and net.Mixed_7c.pool is fid.maximum
+    maps = {"Mixed_5b": 192, "Mixed_5c": 256, "Mixed_5d": 288, "Mixed_6b": 768, "Mixed_6c": 768,
+            "Mixed_6d": 768, "Mixed_6e": 768, "Mixed_7b": 1280, "Mixed_7c": 2048}
+    for name, n in maps.items():
+        block, x = getattr(net, name), torch.zeros(1, n, 5, 5)
+        x[:, :, 0, 0] = 9  # a corner: the average is 9 of 4 pixels, torchvision's would be of 9
+        pooled, corner = torch.zeros(1, n, 5, 5), torch.tensor([[9 / 4, 9 / 6], [9 / 6, 1]])
+        pooled[:, :, :2, :2] = 9 if name == "Mixed_7c" else corner
+        expected = block.branch_pool(pooled)
+        assert torch.allclose(block(x)[:, -expected.shape[1]:], expected, atol=1e-5), name
 
 
 def test_features_are_those_of_the_original(original, weights, monkeypatch):
@@ -332,7 +342,7 @@ def test_the_line_and_the_json_tell_the_same(quick, tmp_path, capsys):
 
 @pytest.mark.parametrize("n, warns", [(2047, True), (2048, False), (None, False)])
 def test_a_warning_appears_below_2048_images(n, warns, capsys):
-    known = fid.statistics([features(9, 4)], fid.PUBLISHED)
+    known = fid.statistics([features(9, 4)], fid.PUBLISHED)._replace(features=None)
     a, b = (fid.Source(name, size=(8, 8)) for name in "ab")
     real, fake = known._replace(n=n), known._replace(n=9000)
     result, line = fid.compare(a, real, b, fake, fid.PUBLISHED)
@@ -430,6 +440,42 @@ def test_the_folder_of_a_run_means_its_generated_images(quick, tmp_path, capsys)
     assert run_json(capsys, real, out / "generated", "--no-kid")[0]["n_fake"] == 4
 
 
+def test_a_run_with_classes_is_scored_as_a_whole_or_class_by_class(quick, tmp_path, capsys):
+    """As cgan and acgan draw them. Their table of labels is no unreadable image."""
+    real, out = fill(tmp_path / "real", 9), tmp_path / "run"
+    (out / "generated").mkdir(parents=True)
+    (out / "checkpoint.pt").write_bytes(b"")
+    (out / "generated" / "labels.csv").write_text("image_id,Smiling\n00000.png,1\n")
+    for k, (label, n) in enumerate({"cat": 4, "zebra crossing": 3}.items()):
+        fill(out / "generated" / label, n, seed=k + 1)
+    for flags, n in ([real, out], 7), ([real, out / "generated" / "zebra crossing"], 3):
+        shown = run(capsys, *flags, "--no-kid", "--json")
+        assert json.loads(shown.out)["n_fake"] == n and "left out" not in shown.err
+    for n in (1, 7):  # the table takes no image's place in a random choice
+        flags = out, real, "--n", n, "--quality-index", "--epochs", 1
+        assert run_json(capsys, *flags)[0]["n_real"] == n
+
+
+def test_images_that_are_older_than_the_checkpoint_are_told(quick, tmp_path, capsys):
+    """--generate, --resume, and then fid.py: the images are those of the earlier G."""
+    real, out = fill(tmp_path / "real", 5), tmp_path / "run"
+    fill(out / "generated" / "cat", 4, seed=1)
+    (out / "checkpoint.pt").write_bytes(b"")
+    (tmp_path / "checkpoint.pt").write_bytes(b"")  # of no concern to real
+    images = [*out.rglob("0*.png"), *real.iterdir()]
+    old = "the checkpoint is newer than these images: --generate draws new ones"
+    for drawn, trained in ((2000, 1000), (1000, 2000)):
+        for file in images:
+            os.utime(file, (drawn, drawn))
+        for checkpoint in (out / "checkpoint.pt", tmp_path / "checkpoint.pt"):
+            os.utime(checkpoint, (trained, trained))
+        for fake in (out, out / "generated", out / "generated" / "cat"):
+            lines = run(capsys, real, fake, "--no-kid").err.splitlines()
+            assert [line for line in lines if "checkpoint" in line] == [
+                f"fid.py: warning: {out / 'generated' if fake == out else fake}: {old}"
+            ] * (trained > drawn)
+
+
 def test_data_sets_are_prepared_as_for_training(quick, tmp_path, capsys):
     """By name and as files of the same pixels, and the size is that of the fakes."""
     fakes = fill(tmp_path / "fakes", 5, size=(24, 24))
@@ -469,6 +515,24 @@ def test_statistics_are_saved_and_read_as_pytorch_fid_does(quick, tmp_path, caps
     assert shown.out == (
         "FID 0.00   (inception-2015-12-05, bilinear 299, ?x? px, "
         f"? of {theirs} vs 30 of {saved})\n")
+
+
+def test_statistics_are_saved_under_the_very_name_that_is_given(quick, tmp_path, capsys):
+    """savez() alone would write st.npz, and then `fid.py st` would not find it."""
+    real, saved = fill(tmp_path / "real", 30), tmp_path / "st"
+    assert f"30 images -> {saved}\n" in run(capsys, real, "--save", saved).out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["real", "st"]
+    result, = run_json(capsys, saved, real)
+    assert result["FID"] < 1e-6 and result["n_real"] == 30
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.float64])
+def test_a_covariance_of_few_images_is_one_for_all_its_rounding(kind, tmp_path):
+    """Most eigenvalues are 0, so rounding makes about half of these negative."""
+    x = features(30, 2048)
+    np.savez(tmp_path / "few.npz", mu=x.mean(0), sigma=x.T.cov().numpy().astype(kind))
+    sigma = fid.load_statistics(tmp_path / "few.npz").sigma
+    assert torch.linalg.eigvalsh(sigma).min() < 0 and sigma.dtype == torch.float64
 
 
 # --- the quality index ----------------------------------------------------------------------------
@@ -584,6 +648,11 @@ def desk(tmp_path, monkeypatch, original):
     np.savez("width.npz", mu=np.zeros(64), sigma=np.eye(64))
     np.savez("words.npz", mu="mu", sigma="sigma")
     np.savez_compressed("nan.npz", mu=mu * np.nan, sigma=sigma)
+    np.savez_compressed("complex.npz", mu=mu, sigma=sigma * 1j)
+    np.savez_compressed("void.npz", mu=mu, sigma=sigma * np.nan)
+    np.savez_compressed("infinite.npz", mu=mu, sigma=np.where(sigma > 0, np.inf, 0))
+    np.savez_compressed("lopsided.npz", mu=mu, sigma=np.eye(2048) + np.eye(2048, k=1) / 9)
+    np.savez_compressed("negative.npz", mu=mu, sigma=np.eye(2048) - 1.01 * sigma)
     np.savez_compressed("pickle.npz", mu=np.array([{}]), sigma=sigma)
     np.savez_compressed("right.npz", mu=mu, sigma=sigma)
     np.savez_compressed("foreign.npz", mu=mu, sigma=sigma, n=9, weights="abcd1234")
@@ -607,8 +676,8 @@ TABLE = [
     ("good words", "words: no image that can be read. words/a.txt: cannot identify"),
     ("good broken", "broken: no image that can be read. broken/a.png: cannot identify"),
     ("good single", "1 usable images"),
-    ("good file", "file: no image"),
-    ("good array.npy", "array.npy: no image"),
+    ("good file", "file is not a .npz file with mu and sigma"),
+    ("good array.npy", "array.npy is not a .npz file with mu and sigma"),
     ("good run", "there is no run/generated; run the training script with --generate N first"),
     ("good renamed.npz", "renamed.npz is not a .npz file with mu and sigma"),
     ("good missing.npz", "missing.npz"),
@@ -617,7 +686,12 @@ TABLE = [
     ("good pickle.npz", "pickle.npz is not"),
     ("good cut.npz", "cut.npz is not"),
     ("good width.npz", "width.npz: mu and sigma are not those of 2048 features"),
-    ("right.npz nan.npz", "the distance is nan"),
+    ("right.npz complex.npz", "complex.npz is not a .npz file with mu and sigma"),
+    ("right.npz nan.npz", "nan.npz: mu and sigma are not a mean and a covariance"),
+    ("right.npz void.npz", "void.npz: mu and sigma are not a mean and a covariance"),
+    ("right.npz infinite.npz", "infinite.npz: mu and sigma are not a mean and a covariance"),
+    ("right.npz lopsided.npz", "lopsided.npz: mu and sigma are not a mean and a covariance"),
+    ("right.npz negative.npz", "negative.npz: mu and sigma are not a mean and a covariance"),
     ("foreign.npz stranger.npz", "abcd1234 and dcba4321"),
     ("good good --weights cut.pth", "no weights of this network in cut.pth"),
     ("good good --weights void.pth", "in void.pth:"),
@@ -631,6 +705,10 @@ TABLE = [
     ("right.npz good --save out.npz", "--save out.npz: REAL must be images"),
     ("good good --split middle", "--split"),
     ("good good --size big", "--size"),
+    *((f"good good --{flag} {number}", f"--{flag} {number}: it must be above 0")
+      for flag in ("n", "size", "batch", "epochs") for number in (0, -1)),
+    ("good good --device gpu", "--device: invalid choice: 'gpu'"),
+    ("good good --device cuda", "--device: invalid choice: 'cuda'"),
     ("good good --colour", "--colour"),
     ("good right.npz --quality-index", "right.npz: the quality index needs images"),
     ("good --quality-index", "FAKE is missing"),
@@ -658,6 +736,15 @@ def test_a_mistake_is_one_line_with_status_2_and_nothing_is_written(desk, capsys
     assert not wrong
 
 
+@pytest.mark.parametrize("cuda, mps, chosen", [
+    (True, True, "cuda"), (True, False, "cuda"), (False, True, "mps"), (False, False, "cpu")])
+def test_the_device_is_the_first_of_cuda_mps_and_cpu(cuda, mps, chosen, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+    assert fid.read_arguments(["a", "b"]).device == torch.device(chosen)
+    assert fid.read_arguments(["a", "b", "--device", "cpu"]).device == CPU
+
+
 def test_a_folder_without_a_readable_image_is_noticed_before_real_is_read(quick, desk, capsys):
     assert call(fid, "good", "broken", "--device", "cpu") == 2
     assert capsys.readouterr().out == ""
@@ -667,6 +754,26 @@ def test_statistics_of_other_weights_are_never_called_fid(desk, capsys):
     shown = run(capsys, "foreign.npz", "right.npz")
     assert shown.out.startswith("FD 0.00   (weights abcd1234, bilinear 299")
     assert "FID" not in run_json(capsys, "foreign.npz", "right.npz")[0]
+
+
+def test_a_notebooks_own_arguments_are_not_read(monkeypatch, capsys):
+    def told():
+        with pytest.raises(SystemExit) as end:
+            fid.main()
+        return end.value.code, capsys.readouterr().err
+
+    monkeypatch.setattr(sys, "argv", ["/x/ipykernel_launcher.py", "-f", "kernel.json", "--help"])
+    status, error = told()
+    assert status == 2 and error.startswith("fid.py: error: the following arguments are required")
+    monkeypatch.setattr(sys, "argv", ["/x/fid.py", "nothing", "--n", "0"])
+    assert told() == (2, "fid.py: --n 0: it must be above 0\n")
+
+
+def test_the_commands_of_the_docstring_are_understood():
+    found = re.findall(r"python fid\.py ([^;#\n]*)", fid.__doc__)
+    assert len(found) == 5
+    for flags in found:
+        fid.read_arguments(shlex.split(flags))
 
 
 def test_importing_does_nothing_and_help_is_there(tmp_path, capsys):

@@ -143,15 +143,37 @@ def test_a_killed_process_ends_the_run_and_resume_is_exact(whole, tmp_path):
     assert len(list((tmp_path / "run" / "generated").iterdir())) == 3
 
 
-@pytest.mark.parametrize(("rank", "expected"), [(0, ["data", "wait"]), (1, ["wait", "data"])])
-def test_the_first_process_prepares_the_data_while_the_others_wait(rank, expected, monkeypatch):
-    dcgan, done = load(HERE / "dcgan.py"), []
+def test_a_mistake_is_told_once_not_by_every_process(tmp_path):
+    done = launch(tmp_path, HERE / "dcgan.py", "--data", "nowhere", *TINY)
+    assert done.returncode != 0 and not list(tmp_path.iterdir())
+    assert done.stderr.count("'nowhere' is neither a folder nor") == 1
+
+
+def one_of_two(dcgan, rank, monkeypatch):
+    """Make this process one of two that never talk -> a list, to which waiting is noted."""
+    done = []
     monkeypatch.setattr(dcgan, "RANK", rank)
     monkeypatch.setattr(dcgan, "RANKS", 2)
-    monkeypatch.setattr(dcgan, "get_data", lambda args: done.append("data") or "some")
     monkeypatch.setattr(dcgan.distributed, "init_process_group", lambda kind: done.append("wait"))
     monkeypatch.setattr(dcgan.distributed, "destroy_process_group", lambda: None)
     monkeypatch.setattr(dcgan, "register_optimizer_step_pre_hook", lambda hook: None)
+    return done
+
+
+def test_only_the_first_process_generates(tmp_path, monkeypatch):
+    dcgan = load(HERE / "dcgan.py")
+    assert call(dcgan, "--steps", 1, *TINY, "--out", tmp_path / "run") == 0
+    for rank, n in [(1, 0), (0, 3)]:
+        one_of_two(dcgan, rank, monkeypatch)
+        assert call(dcgan, "--generate", 3, "--out", tmp_path / "run") == 0
+        assert len(list((tmp_path / "run").glob("generated/*"))) == n
+
+
+@pytest.mark.parametrize(("rank", "expected"), [(0, ["data", "wait"]), (1, ["wait", "data"])])
+def test_the_first_process_prepares_the_data_while_the_others_wait(rank, expected, monkeypatch):
+    dcgan = load(HERE / "dcgan.py")
+    done = one_of_two(dcgan, rank, monkeypatch)
+    monkeypatch.setattr(dcgan, "get_data", lambda args: done.append("data") or "some")
     monkeypatch.setattr(dcgan, "train", lambda args, data: None)
     assert call(dcgan, *TINY, "--out", "no-such-run") == 0 and done == expected
 

@@ -10,12 +10,22 @@ import pytest
 from conftest import EVALUATOR, HERE, SCRIPTS, load
 
 LINE = "# --- the same in every script from here on"
-OWN = {"Generator", "Discriminator", "d_loss", "g_loss", "add_arguments", "train", "SIZES", "Z"}
+OWN = {"Generator", "Discriminator", "d_loss", "g_loss", "add_arguments", "train", "SIZES", "Z",
+       "SCRIPT"}
 BUDGET = {  # lines of a file
     "gan_mlp": 560, "dcgan": 585, "lsgan": 585, "wgan": 595, "ebgan": 615, "sngan": 620,
     "cgan": 630, "acgan": 730, "egan": 740, "pix2pix_color": 820, "fid": 730,
 }
 README = (HERE / "README.md").read_text()
+
+
+TERMS = [  # a student meets these words elsewhere; each is named where its thing is explained
+    "binary cross-entropy", "latent vector", "minimax", "equilibrium", "non-saturating",
+    "vanishing gradient", "mode collapse", "checkerboard artefacts", "critic", "lipschitz",
+    "wasserstein-1", "earth mover's distance", "duality", "encoder", "decoder", "hinge", "ablation",
+    "power iteration", "one-hot", "embedding", "conditional", "label smoothing", "skip connection",
+    "receptive field", "patchgan",
+]
 
 
 def text(script):
@@ -71,6 +81,14 @@ def test_the_docstring_names_the_paper_the_changes_and_how_to_run_it(script):
     doc = ast.get_docstring(ast.parse(text(script)))
     assert "arXiv" in doc and "Differs from the paper" in doc and f"python {script}.py" in doc
     assert ("Changes from" in doc) == (script != "gan_mlp")
+
+
+def test_the_docstrings_above_the_line_name_the_terms_of_the_field():
+    nodes = [node for script in SCRIPTS for node in ast.walk(ast.parse(text(script).split(LINE)[0]))
+             if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))]
+    prose = " ".join(" ".join(map(str, map(ast.get_docstring, nodes))).lower().split())
+    assert len(set(TERMS)) == 25
+    assert not [term for term in TERMS if not re.search(rf"\b{term}\b", prose)]
 
 
 def test_the_losses_stand_in_the_first_half(script):

@@ -8,15 +8,17 @@ Not collected by pytest. Further flags go to the script. Three things make the s
 in one process, in turn, so that what else the machine does hits them alike:
 
     step     the steps alone
-    run      with a row, a picture, the curves and a checkpoint after every 1 % of them
+    run      with a row, a picture, the curves and a checkpoint after every 1 % of them, and a
+             picture and a checkpoint before the first
     loader   the steps alone, but images come from the data set's own files by a DataLoader with two
              workers, and every step prints its losses, as in pytorch/examples' dcgan
 
 Before that it times how fast images alone arrive: by that DataLoader, and by sample_batch().
 (pix2pix_color has no loader.)
 
-A run here is 100 steps, so that every step of it is also recorded: the table says what that costs,
-and what part of a default run it is. --processes N trains by torchrun with 1 and with N processes.
+A run here is 100 steps, so that every step of it is also recorded: the last line says what that
+costs, and what part of a default run it is. --processes N trains by torchrun with 1 and with N
+processes.
 """
 
 import argparse
@@ -63,7 +65,7 @@ def compare(name, flags, rounds, folder):
     args = module.parse_arguments([*flags, "--out", str(folder / "run"), "--steps", "100"])
     data, speeds = module.get_data(args), {"step": [], "run": [], "loader": []}
     steps, sample_batch, screen = module.steps, module.sample_batch, sys.stdout
-    files = Files(module.find_images(args.data, args.size, Path(args.root), "train"), args.size)
+    files = Files(module.find_images(args.data, args.size, args.root, "train"), args.size)
     loader = torch.utils.data.DataLoader(
         files, args.batch, shuffle=True, num_workers=2, drop_last=True, persistent_workers=True)
     batches, quiet = forever(loader), open(os.devnull, "w")
@@ -122,12 +124,12 @@ def compare(name, flags, rounds, folder):
             low, middle, high = statistics.quantiles(found, n=4)
             ratio = statistics.median(a / b for a, b in zip(found, speeds["step"]))
             print(f"| {kind} | {middle:.0f} ({low:.0f} to {high:.0f}) | {ratio:.2f} |")
-    record = statistics.median(args.batch / b - args.batch / a
+    record = statistics.median((args.batch / b - args.batch / a) * 100 / 101
                                for a, b in zip(speeds["step"], speeds["run"]))
     defaults = module.parse_arguments([*flags, "--out", str(folder / "default")])
     count = defaults.steps or defaults.epochs * len(data.images) / args.batch
     whole = count * args.batch / statistics.median(speeds["step"])
-    print(f"\none record: {1000 * record:.0f} ms; 100 of them are {100 * record / whole:.1%} of "
+    print(f"\none record: {1000 * record:.0f} ms; 101 of them are {101 * record / whole:.1%} of "
           f"the {whole / 60:.1f} minutes that the steps of this run take without --steps")
 
 
