@@ -22,8 +22,7 @@ the same weights and resizing. (Espis and Potrimba, see below, give none of the 
 behind their FIDs of 11.21 and 19.42.) KID is not biased, and may fall below 0 by chance. Between a
 set and itself, or copies of its images, it is below 0 on average: pairs of equal images count in
 the last term alone. KID is given as mean +- standard deviation over 100 random subsets of 1,000
-images, or of as many as the smaller set has. Two equally large sets of at most 1,000 images are
-compared once, as a whole.
+images, or of as many as the smaller set has. (Two sets of as many are compared once, as a whole.)
 
 --quality-index is an idea of Espis and Potrimba ("Deep Learning Project", University of Bologna,
 2020) that did not work. A network learns to tell real images from elastically deformed copies of
@@ -492,7 +491,6 @@ def main(argv=None):
 
 
 # --- data: the same text as in every training script ----------------------------------------------
-
 SCRIPT = Path(globals().get("__file__", "fid.py")).stem  # a notebook's cell has no file
 
 

@@ -631,7 +631,7 @@ def parse_arguments(argv):
         if script != SCRIPT:
             user_error(f"{out} is a run of another script, or of an earlier version")
         parser.set_defaults(**checkpoint["settings"])
-    elif (out / "samples").exists():
+    elif RANK == 0 and (out / "samples").exists():
         user_error(f"{out} holds a run already: --resume it, delete it, or choose another --out")
     args = parser.parse_args(argv)
     for flag, value in checkpoint.get("settings", {}).items():

@@ -178,6 +178,14 @@ def test_the_first_process_prepares_the_data_while_the_others_wait(rank, expecte
     assert call(dcgan, *TINY, "--out", "no-such-run") == 0 and done == expected
 
 
+def test_a_slow_process_does_not_take_the_runs_folder_for_another_runs(tmp_path, monkeypatch):
+    """The first process may have made it before the others look."""
+    dcgan = load(HERE / "dcgan.py")
+    (tmp_path / "run" / "samples").mkdir(parents=True)
+    monkeypatch.setattr(dcgan, "RANK", 1)
+    assert dcgan.parse_arguments(["--out", f"{tmp_path}/run"]).checkpoint == {}
+
+
 @pytest.mark.parametrize("left_over", [
     {"RANK": "3"}, {"RANK": ""}, {"WORLD_SIZE": "2"}, {"RANK": "1", "WORLD_SIZE": "2"}])
 def test_what_a_scheduler_leaves_in_the_environment_is_not_torchrun(left_over, monkeypatch):

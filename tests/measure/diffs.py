@@ -4,7 +4,8 @@
     python tests/measure/diffs.py dcgan wgan     # prints one
 
 A diff shows how B's losses and its train() differ from A's, and the functions that B alone has.
-Lines of comments, and lines that differ in their indentation alone, are not shown.
+Lines of comments, and lines that differ in their indentation alone, are not shown. The table of
+the scripts is told, too, how long they are, and how many lines of code are new in each.
 """
 
 import ast
@@ -14,6 +15,7 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent.parent.parent
+ROW = re.compile(r"^(\| \[(\w+)\.py\]\(.*\| )\d+ \| (?:-|\d+ from (\w+)) \|$", re.MULTILINE)
 BLOCK = re.compile(r"<!-- diff (\w+) (\w+) -->\n.*?<!-- end -->", re.DOTALL)
 
 
@@ -38,6 +40,28 @@ def changes(old, new):
             yield from (("  " if kind == "equal" else "+ ") + line for line in new[c:d])
 
 
+def new_lines(a, b):
+    """How many lines of code B has above the shared part and A has not, without docstrings."""
+    bare = []
+    for script in (a, b):
+        source = (HERE / f"{script}.py").read_text().split("# --- the same in every script")[0]
+        texts = {line for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Expr)
+                 and isinstance(node.value, ast.Constant)
+                 for line in range(node.lineno, node.end_lineno + 1)}
+        lines = [line.strip() for i, line in enumerate(source.splitlines(), 1) if i not in texts]
+        bare.append([line for line in lines if line and line[0] != "#"])
+    opcodes = difflib.SequenceMatcher(None, *bare, autojunk=False).get_opcodes()
+    return sum(d - c for kind, _, _, c, d in opcodes if kind != "equal")
+
+
+def row(found):
+    """A row of the table of the scripts, up to date. It ends: | lines | new from a script |"""
+    start, script, before = found.groups()
+    lines = (HERE / f"{script}.py").read_text().count("\n")
+    new = f"{new_lines(before, script)} from {before}" if before else "-"
+    return f"{start}{lines} | {new} |"
+
+
 def block(a, b):
     """-> the Markdown text of one diff."""
     old, new, lines = functions(a), functions(b), []
@@ -54,4 +78,5 @@ if __name__ == "__main__":
         print(block(*sys.argv[1:]))
     else:
         text = (HERE / "README.md").read_text()
-        (HERE / "README.md").write_text(BLOCK.sub(lambda found: block(*found.groups()), text))
+        text = BLOCK.sub(lambda found: block(*found.groups()), ROW.sub(row, text))
+        (HERE / "README.md").write_text(text)
