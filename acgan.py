@@ -233,7 +233,7 @@ def train(args, data):
     """Build the networks and their optimisers, and run the training loop."""
     channels, classes = data.images.shape[1], len(data.names)
     one_hot, columns, guess = look_at_labels(args, data)
-    to_device = {"device": args.device, "memory_format": LAYOUT}
+    to_device = {"device": args.device, "memory_format": LAYOUT}  # for faster convolutions
     G = Generator(channels, args.size, args.width, classes).to(**to_device)
     D = Discriminator(channels, args.size, args.width, classes).to(**to_device)
     opt_G = torch.optim.Adam(G.parameters(), lr=args.lr, betas=(0.5, 0.999))

@@ -176,7 +176,7 @@ def train(args, data):
     if args.batch == 1:
         user_error("--batch 1: the BatchNorm in G compares at least two images")
     channels, classes = data.images.shape[1], 0 if args.no_labels else len(data.names)
-    to_device = {"device": args.device, "memory_format": LAYOUT}
+    to_device = {"device": args.device, "memory_format": LAYOUT}  # for faster convolutions
     G = Generator(channels, args.size, classes).to(**to_device)
     D = Discriminator(channels, args.size, classes).to(**to_device)
     opt_G = torch.optim.Adam(G.parameters(), lr=args.lr, betas=(args.beta1, 0.999))

@@ -160,7 +160,7 @@ def train(args, data):
     if not 0 <= args.beta1 < 1:
         user_error(f"--beta1 {args.beta1}: it must be at least 0, and below 1")
     channels = data.images.shape[1]
-    to_device = {"device": args.device, "memory_format": LAYOUT}
+    to_device = {"device": args.device, "memory_format": LAYOUT}  # for faster convolutions
     init = functools.partial(init_weights, std=args.init_std)
     G = Generator(channels, args.size, args.width).apply(init).to(**to_device)
     D = Discriminator(channels, args.size, args.width).apply(init).to(**to_device)

@@ -183,7 +183,7 @@ def train(args, data):
     if args.batch == 1:
         user_error("--batch 1: the pull-away term compares at least two images")
     channels = data.images.shape[1]
-    to_device = {"device": args.device, "memory_format": LAYOUT}
+    to_device = {"device": args.device, "memory_format": LAYOUT}  # for faster convolutions
     G = Generator(channels, args.size, args.width).apply(init_weights_and_biases).to(**to_device)
     D = Discriminator(channels, args.width).apply(init_weights_and_biases).to(**to_device)
     opt_G = torch.optim.Adam(G.parameters(), lr=args.lr, betas=(0.5, 0.999))

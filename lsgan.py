@@ -151,7 +151,7 @@ def train(args, data):
     """Build the networks and their optimisers, and run the training loop."""
     channels = data.images.shape[1]
     a, b, c = args.labels
-    to_device = {"device": args.device, "memory_format": LAYOUT}
+    to_device = {"device": args.device, "memory_format": LAYOUT}  # for faster convolutions
     G = Generator(channels, args.size, args.width).apply(init_weights).to(**to_device)
     D = Discriminator(channels, args.size, args.width).apply(init_weights).to(**to_device)
     nn.init.normal_(D[-2].weight, mean=0, std=0.002)  # the last convolution: scores begin near 0

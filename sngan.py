@@ -190,7 +190,7 @@ def add_arguments(parser):
 def train(args, data):
     """Build the networks and their optimisers, and run the training loop."""
     channels = data.images.shape[1]
-    to_device = {"device": args.device, "memory_format": LAYOUT}
+    to_device = {"device": args.device, "memory_format": LAYOUT}  # for faster convolutions
     G = Generator(channels, args.size, args.width).to(**to_device)
     D = Discriminator(channels, args.size, args.width).to(**to_device)
     opt_G = torch.optim.Adam(G.parameters(), lr=args.lr, betas=(0.5, 0.999))
