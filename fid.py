@@ -27,8 +27,7 @@ images, or of as many as the smaller set has. (Two sets of as many are compared 
 --quality-index is an idea of Espis and Potrimba ("Deep Learning Project", University of Bologna,
 2020) that did not work. A network learns to tell real images from elastically deformed copies of
 them. Its mean output on the fakes (0: like real ones, 1: like deformed ones) should say how good
-they are. In the report it did not follow FID over training, for a GAN makes other mistakes than
-elastic deformations. It is here to be seen failing.
+they are. In the report it did not follow FID over training: a GAN makes other mistakes.
 
 Differs from pytorch-fid (same network, weights and resizing, so the numbers agree):
   - the trace comes from symmetric matrices (see frechet_distance), not from scipy's slow sqrtm
@@ -39,8 +38,8 @@ Differs from Espis and Potrimba:
   - the report says 20,000 images to learn from and names no optimiser. As in their notebook, it is
     15,000 (10,000 and as many deformed copies, less a quarter), Adam, rate 1e-5, batches of 32
   - at that rate it learned next to nothing in 12 epochs of 6,000 faces; at 1e-4, from the fourth on
-  - their accuracy of 97 % is that on deformed images alone: the notebook splits the data in its
-    unshuffled order. Here both kinds are held out, and both accuracies are given
+  - their accuracy of 97 % is that on deformed images alone: their split is not shuffled. Here both
+    kinds are held out, and both accuracies are given
   - all colours are deformed alike; in the notebook, coloured fringes give a deformed image away
 
     python fid.py celeba runs/dcgan-celeba --split test     # a run's images, after --generate 10000
@@ -511,9 +510,9 @@ YES_NO = {"1": 1, "1.0": 1, "True": 1, "0": 0, "0.0": 0, "False": 0, "-1": 0, "-
 def load_images(name, size, root="data", split="train"):
     """A set by name (split "train" or "test"), or a folder -> Data. Kept in root/prepared."""
     items, open_item, labels, names = find_images(name, size, root, split)
-    files = items if type(items) is list else []  # otherwise items are numbers of images
+    files = items if type(items) is list else []  # items may also be a range of numbers
     facts = [(info.st_size, info.st_mtime) for info in map(os.stat, files)]
-    known = Data._fields, items, facts, names, labels.tobytes()
+    known = Data._fields, items, facts, names, labels.tobytes()  # with the form of what is saved
     key = hashlib.sha1(repr(known).encode()).hexdigest()[:16]
     if os.path.exists(root) and not os.access(root, os.W_OK):  # as Kaggle's input
         root = "data"
@@ -528,7 +527,8 @@ def load_images(name, size, root="data", split="train"):
         saved = torch.load(file, mmap=True, weights_only=True)
     data = Data(*saved)
     counts = dict(zip(data.names[:40], data.labels.sum(0).tolist()))
-    print("labels:", counts or "none", *["and more"] * (len(data.names) > 40))
+    more = f" and {len(data.names) - 40} more" if len(data.names) > 40 else ""
+    print(f"labels: {counts or 'none'}{more}")
     return data
 
 
@@ -598,7 +598,7 @@ def find_images(name, size, root, split):
     except (RuntimeError, OSError) as error:
         user_error(f"{name} is not in {root}, and could not be downloaded: {error}")
     pixels, labels = np.asarray(found.data), np.eye(10, dtype=np.uint8)[list(found.targets)]
-    if name != "cifar10" and size != 28:  # a frame around 28 px: sharper than scaling
+    if name != "cifar10" and size != 28:  # a frame makes 28 px 32: sharper than scaling
         pixels = np.pad(pixels, ((0, 0), (2, 2), (2, 2)))
     return range(len(pixels)), lambda i: Image.fromarray(pixels[i]), labels, found.classes
 
@@ -621,7 +621,7 @@ def find_celeba(root, split):
     published = range(1, 182638) if split == "train" else range(182638, 202600)
     part = [n for n in published if n in images and (n in rows or not rows)]
     print(f"celeba: {len(part):,} of the {len(published):,} images of the {split} part")
-    labels = np.frombuffer(b"".join(rows.get(n, b"") for n in part), np.uint8)
+    labels = np.frombuffer(b"".join(rows.get(n, b"") for n in part), np.uint8)  # one after another
 
     def open_face(file):  # the centre, 128 x 128 pixels, of a published image
         image = open_image(file)
@@ -631,14 +631,14 @@ def find_celeba(root, split):
 
 def read_table(file):
     """CelebA's table -> {number of an image: bytes, 0 or 1 for each of K attributes}, K names."""
-    text = Path(file).read_text("utf-8-sig").translate({ord(c): " " for c in ',;"'}).strip()
-    lines = text.splitlines()
-    start = 1 if lines and lines[0].split()[1:] else 2  # the authors' begins with the row count
+    text = Path(file).read_text("utf-8-sig").translate({ord(c): " " for c in ',;"'})
+    lines = text.strip().splitlines()  # of words between blanks
+    start = 1 if lines and lines[0].split()[1:] else 2  # line 1 of the authors' is the row count
     names, rows = "".join(lines[start - 1 : start]).replace("image_id", "").split(), {}
     for i, line in enumerate(lines[start:], start + 1):  # they end like 000001.jpg -1 1 1
         image, *values = line.split()[-1 - len(names) :] or [""]
         number = re.fullmatch(r"(\d+)\.[a-zA-Z]+", image)
-        wrong = not number or len(values) < len(names) or not YES_NO.keys() >= set(values)
+        wrong = not number or len(values) < len(names) or not set(values) <= YES_NO.keys()
         if wrong or int(number[1]) in rows:
             raise ValueError(f"line {i} is not a new image and {len(names)} times -1, 0 or 1")
         rows[int(number[1])] = bytes(map(YES_NO.get, values))
@@ -654,7 +654,7 @@ def find_folder(name):
     parts = {file: os.path.relpath(file, name).split(os.sep) for file in list_files(name)}
     inside = [p[0] for p in parts.values() if p[1:]]
     names = sorted(set(inside))
-    # A folder train, or a single folder, above the labels: they are one level deeper.
+    # Below a folder train, or a single folder, other folders are the labels. (train comes first.)
     for top, *rest in sorted(parts.values(), key=lambda p: p[0].lower() != "train"):
         of_a_set = top.lower() in ("train", "test", "val", "valid", "validation")
         if len(rest) > 1 and (of_a_set or names == [top]):

@@ -16,12 +16,12 @@ is conditional. It learns that brown shirts are rare, and makes G decide.
     wgan    E[D(x, y')] - E[D(x, y)]                           -E[D(x, y')]              1701.07875
     ebgan   E[D(x, y)] + E[max(0, m - D(x, y'))]               E[D(x, y')]               1609.03126
 
---adversarial chooses L_D and the adversarial loss L_A; in ebgan D returns an energy, and m is its
-margin. --adversarial-weight is w. The larger w is, the more colour there is, and the more error: a
-bold guess is further from the truth, on average, than a pale one. The four L_A differ in scale. On
-photographs (CIFAR-10), with l1 = 100, L_A had a say with w = 1 for gan, 3 for lsgan, 40 for wgan
-and 100 for ebgan: G's gradient of w * L_A was a quarter to a half of that of l1 * E[|y - y'|]. With
-w = 1, wgan and ebgan add almost nothing to the distances.
+--adversarial chooses L_D and the adversarial loss L_A. In ebgan D returns an energy, low for real;
+fakes are pushed up to the margin m only. --adversarial-weight is w. The larger w, the more colour
+there is, and the more error: a bold guess is further from the truth, on average, than a pale one.
+The four L_A differ in scale. On photographs (CIFAR-10), G's gradient of w * L_A was a quarter to a
+half of that of 100 * E[|y - y'|] with w = 1 for gan, 3 for lsgan, 40 for wgan and 100 for ebgan.
+With w = 1, wgan and ebgan add almost nothing to the l1 and l2 terms.
 
 Changes from dcgan.py:
   - G is a U-Net, from image to image: an encoder halves the maps, a decoder doubles them again. A
@@ -33,34 +33,40 @@ Changes from dcgan.py:
     D's weights, as wgan.py does. Layers without BatchNorm, and all of the autoencoder, have biases
   - RGB becomes Lab and back, and half of the training images are mirrored
   - 64 images are never trained on. Pictures show them in triples: grey, coloured, true. losses.csv
-    measures them. L1 is the mean error of a and b, and L1/grey divides it by that of no colour at
-    all. PSNR tells how small the error of RGB is, in dB: more is better. chroma, the mean of
+    measures them. L1 is the mean error of a and b, and L1/grey divides it by that of a grey guess.
+    PSNR tells how small the error of RGB is, in dB: more is better. chroma, the mean of
     sqrt(a^2 + b^2), is relative to that of the true colours, near 0 for grey. D(y) and D(G(x)) are
     D's mean outputs. --generate N writes the first N, coloured
   - --colorize colours photos. G sees a photo with its short side at --size, continued by mirror
     images until both sides are multiples of --size. The photo keeps its shape, and its lightness
-    wherever a screen can show the colour
+    but where a colour is clipped, since no screen can show it
 
 Differs from the paper:
-  - it has ImageNet at 256 px, in batches of 4. Here --size is 128, or 64 with fewer layers
+  - it has ImageNet at 256 px, in batches of 4. Here --size is 128 by default; 64 has fewer layers
   - it keeps dropout and BatchNorm's batch statistics when it draws. Here both are off (eval mode),
     so that a photo always gets the same colours
   - D returns logits, and batches are drawn with replacement, as in dcgan.py
   - the fakes of D's last step serve G, as in the paper's code, for wgan too. wgan's score of an
-    image is the mean over its patches. ebgan has no pull-away term
+    image is the mean over its patches. ebgan.py's pull-away term is left out
   - Fabbri's report prints G's saturating loss, log(1 - D), and 8 epochs. What follows is from his
     code. L_D is not halved (the report halves lsgan's). beta1 is 0.9. Photos are cropped at random.
-    By default, G's layers resize and then convolve, and the first has no skip connection. wgan has
+    By default, G enlarges maps by resizing, and its first layer has no skip connection. wgan has
     a gradient penalty, and a LeakyReLU on D's output. Grey photos of one set, Places2, are left out
   - his code trains gan at 1e-4 with L1 and 2e-5 with L2 (8 epochs), lsgan at 1e-4 (4 and 6), ebgan
-    at 1e-3 (1), wgan at 5e-5 (2 and 3). Its L2 = 1 is of a sum, and leaves L_A no say: here --l2 is
-    batch * size^2, or 262144 for batches of 4 at 256 px
+    at 1e-3 (1), wgan at 5e-5 (2 and 3). Its L2 = 1 is of half a sum, and leaves L_A no say: here
+    --l2 is batch * size^2, or 262144 for batches of 4 at 256 px
   - its autoencoder does not see x, and its margin of 80 is for another energy. Ours is a mean
-    square, of a photo reconstructed as grey about 0.013 (CIFAR-10) or 0.02 (CelebA): m must be less
+    square: 0.013 (CIFAR-10) or 0.02 (CelebA) for a photo that comes back grey. m must be less, or D
+    need not copy any colour
+
+Try (what happens stands in README.md):
+  - --adversarial-weight 0: which of L1/grey, PSNR and chroma gets better, which worse?
+  - --adversarial-weight 20: L1/grey above 1 is worse than grey. What about chroma?
+  - 0 * maps.pop(), no skips: why are the edges still sharp? What is lost?
 
     python pix2pix_color.py                                       # cartoon faces, on a CPU
     python pix2pix_color.py --data celeba                         # photographs of faces
-    python pix2pix_color.py --data celeba --colorize old/*.jpg    # your photos, by that run
+    python pix2pix_color.py --data celeba --colorize "old/*.jpg"  # your photos, by that run
     python pix2pix_color.py --adversarial lsgan --adversarial-weight 3 --out runs/lsgan-colours
 """
 
@@ -333,8 +339,8 @@ def train(args, data):
             x, y = sample_colours(data.images, args.batch, args.device)
             fake = G(x)
 
-            # D's step. detach() keeps its gradient out of G. D sees reals and fakes separately: in
-            # one batch, BatchNorm would average over both and hide from D how they differ.
+            # D's step. detach() keeps its gradient out of G. Reals and fakes are separate batches:
+            # in a mixed one, BatchNorm would show D other values than in G's step, of fakes alone.
             d_real, d_fake = D(x, y), D(x, fake.detach())
             loss_D = d_loss(d_real, d_fake, args.adversarial, args.margin)
             opt_D.zero_grad()
@@ -434,9 +440,10 @@ SCRIPT = Path(globals().get("__file__", "pix2pix_color.py")).stem  # a notebook'
 
 # --- the same in every script from here on --------------------------------------------------------
 
-# channels_last makes convolutions faster. On Apple's GPUs, it broke BatchNorm until mid-2026.
+# channels_last, a pixel's channels side by side in memory, makes convolutions faster. On Apple's
+# GPUs it broke BatchNorm until mid-2026.
 LAYOUT = torch.contiguous_format if torch.backends.mps.is_available() else torch.channels_last
-# Under torchrun this is process RANK of RANKS; otherwise 0 of 1.
+# torchrun starts several processes, one for each GPU. This is process RANK of RANKS; else 0 of 1.
 TORCHRUN = os.environ if "TORCHELASTIC_RUN_ID" in os.environ else {}
 RANK, RANKS = int(TORCHRUN.get("RANK", 0)), int(TORCHRUN.get("WORLD_SIZE", 1))
 
@@ -450,7 +457,7 @@ def user_error(message):
 def steps(args, data, draw, to_save, grid=None, measure=lambda: {}):
     """What train()'s loop runs over. Each turn gets an empty dict, to fill with numbers (tensors).
 
-    Every 1 % of the run it logs their averages, draws and saves. --generate draws images alone.
+    Every 1 % of the run it logs their averages, draws and saves. --generate only draws, no step.
     draw(n): n images (n, C, size, size) in [-1, 1]. to_save: {name: network or optimiser}.
     grid(): the picture's images (rows, columns, C, size, size), by default 8 x 8 of draw().
     measure(): further columns of losses.csv, {name: number}, by default none.
@@ -483,7 +490,7 @@ def steps(args, data, draw, to_save, grid=None, measure=lambda: {}):
     every, numbers, start = math.ceil(total / 100), [], time.perf_counter()
     for step in range(done + 1, total + 1):
         # A seed for each step, so that a resumed run draws the same numbers; and for each process.
-        # (hash() of ints is the same everywhere.)
+        # hash() makes one number of them; of ints it is the same everywhere.
         torch.manual_seed(hash((args.seed, step, RANK)))
         log = {}
         yield log
@@ -508,7 +515,8 @@ def record(args, data, to_save, rows, step, picture, last):
     """Write a picture, curves.png, losses.csv, at the end training.gif, and the checkpoint."""
     out, table = Path(args.out), np.array([list(row.values()) for row in rows])
     if not np.isfinite(table).all():
-        user_error("a number is not finite" + "; a smaller --lr may help" * (len(rows) > 1))
+        hint = "; a smaller --lr may help" if len(rows) > 1 else ""  # it was finite before
+        user_error(f"a number is not finite{hint}")
     try:
         save_image(picture.flatten(0, 1) / 2 + 0.5, out / "new.png", nrow=picture.shape[1])
         os.replace(out / "new.png", out / "samples" / f"{step:06}.png")  # never half a picture
@@ -526,7 +534,8 @@ def record(args, data, to_save, rows, step, picture, last):
         print(f"not written: {error}")
     settings = {**vars(args), "checkpoint": None, "device": None}  # these two are not kept
     state = {name: part.state_dict() for name, part in to_save.items()}
-    # --generate needs no more of the data. (Without clone(), a slice is saved as the whole tensor.)
+    # --generate needs no more of the data: images for their shape, labels to draw from. Without
+    # clone(), a slice is saved as the whole tensor.
     some = data.images[:64].cpu().clone(), data.labels[:50_000].cpu().clone(), *data[2:]
     save({"script": SCRIPT, "step": step, "rows": rows, "settings": settings, "state": state,
           "data": some}, out / "checkpoint.pt")
@@ -545,7 +554,7 @@ def save(content, file):
 
 def draw_curves(names, columns):
     """The columns of losses.csv as curves over the first one, the steps."""
-    image = Image.new("RGB", (640, 120 * len(names) - 105), "white")
+    image = Image.new("RGB", (640, 120 * (len(names) - 1) + 15), "white")
     pen, ends = ImageDraw.Draw(image), columns[0][[0, -1]]
     x = np.interp(columns[0], ends, (5, 635))
     for top, name, values in zip(range(0, image.height, 120), names[1:], columns[1:]):
@@ -569,7 +578,7 @@ def preview(args, G):
 
 
 def generate(args, draw, G):
-    """--generate N: N numbered images, in place of an earlier call's. draw: or {folder: draw}."""
+    """--generate N: N numbered images, in place of earlier ones. draw may be {folder: draw}."""
     folder = Path(args.out) / "generated"
     for old in folder.rglob("[0-9]*.png"):
         old.unlink()
@@ -595,7 +604,7 @@ Data = namedtuple("Data", "images labels names digest", defaults=[""])
 SETS = {"cartoon": 32, "mnist": 28, "fashion_mnist": 28, "cifar10": 32, "celeba": 64}  # their sizes
 FACE = ["Blond_Hair", "Eyeglasses", "Mouth_Slightly_Open", "Smiling", "Wearing_Lipstick"]
 YES_NO = {"1": 1, "1.0": 1, "True": 1, "0": 0, "0.0": 0, "False": 0, "-1": 0, "-1.0": 0}
-# Numbers that must be above 0; and what a run's networks are made for, so that it must not change.
+# Numbers that must be above 0; and settings that a resumed run must keep.
 ABOVE_0 = "batch clip critic_steps epochs g_steps generate init_std lr margin steps width".split()
 FIXED = "adversarial attribute beta1 extractor init_std no_labels size width".split()
 
@@ -609,9 +618,9 @@ def sample_batch(data, n, device):
 def load_images(name, size, root="data", split="train"):
     """A set by name (split "train" or "test"), or a folder -> Data. Kept in root/prepared."""
     items, open_item, labels, names = find_images(name, size, root, split)
-    files = items if type(items) is list else []  # otherwise items are numbers of images
+    files = items if type(items) is list else []  # items may also be a range of numbers
     facts = [(info.st_size, info.st_mtime) for info in map(os.stat, files)]
-    known = Data._fields, items, facts, names, labels.tobytes()
+    known = Data._fields, items, facts, names, labels.tobytes()  # with the form of what is saved
     key = hashlib.sha1(repr(known).encode()).hexdigest()[:16]
     if os.path.exists(root) and not os.access(root, os.W_OK):  # as Kaggle's input
         root = "data"
@@ -626,7 +635,8 @@ def load_images(name, size, root="data", split="train"):
         saved = torch.load(file, mmap=True, weights_only=True)
     data = Data(*saved)
     counts = dict(zip(data.names[:40], data.labels.sum(0).tolist()))
-    print("labels:", counts or "none", *["and more"] * (len(data.names) > 40))
+    more = f" and {len(data.names) - 40} more" if len(data.names) > 40 else ""
+    print(f"labels: {counts or 'none'}{more}")
     return data
 
 
@@ -685,7 +695,7 @@ def find_images(name, size, root, split):
     except (RuntimeError, OSError) as error:
         user_error(f"{name} is not in {root}, and could not be downloaded: {error}")
     pixels, labels = np.asarray(found.data), np.eye(10, dtype=np.uint8)[list(found.targets)]
-    if name != "cifar10" and size != 28:  # a frame around 28 px: sharper than scaling
+    if name != "cifar10" and size != 28:  # a frame makes 28 px 32: sharper than scaling
         pixels = np.pad(pixels, ((0, 0), (2, 2), (2, 2)))
     return range(len(pixels)), lambda i: Image.fromarray(pixels[i]), labels, found.classes
 
@@ -708,7 +718,7 @@ def find_celeba(root, split):
     published = range(1, 182638) if split == "train" else range(182638, 202600)
     part = [n for n in published if n in images and (n in rows or not rows)]
     print(f"celeba: {len(part):,} of the {len(published):,} images of the {split} part")
-    labels = np.frombuffer(b"".join(rows.get(n, b"") for n in part), np.uint8)
+    labels = np.frombuffer(b"".join(rows.get(n, b"") for n in part), np.uint8)  # one after another
 
     def open_face(file):  # the centre, 128 x 128 pixels, of a published image
         image = open_image(file)
@@ -718,14 +728,14 @@ def find_celeba(root, split):
 
 def read_table(file):
     """CelebA's table -> {number of an image: bytes, 0 or 1 for each of K attributes}, K names."""
-    text = Path(file).read_text("utf-8-sig").translate({ord(c): " " for c in ',;"'}).strip()
-    lines = text.splitlines()
-    start = 1 if lines and lines[0].split()[1:] else 2  # the authors' begins with the row count
+    text = Path(file).read_text("utf-8-sig").translate({ord(c): " " for c in ',;"'})
+    lines = text.strip().splitlines()  # of words between blanks
+    start = 1 if lines and lines[0].split()[1:] else 2  # line 1 of the authors' is the row count
     names, rows = "".join(lines[start - 1 : start]).replace("image_id", "").split(), {}
     for i, line in enumerate(lines[start:], start + 1):  # they end like 000001.jpg -1 1 1
         image, *values = line.split()[-1 - len(names) :] or [""]
         number = re.fullmatch(r"(\d+)\.[a-zA-Z]+", image)
-        wrong = not number or len(values) < len(names) or not YES_NO.keys() >= set(values)
+        wrong = not number or len(values) < len(names) or not set(values) <= YES_NO.keys()
         if wrong or int(number[1]) in rows:
             raise ValueError(f"line {i} is not a new image and {len(names)} times -1, 0 or 1")
         rows[int(number[1])] = bytes(map(YES_NO.get, values))
@@ -741,7 +751,7 @@ def find_folder(name):
     parts = {file: os.path.relpath(file, name).split(os.sep) for file in list_files(name)}
     inside = [p[0] for p in parts.values() if p[1:]]
     names = sorted(set(inside))
-    # A folder train, or a single folder, above the labels: they are one level deeper.
+    # Below a folder train, or a single folder, other folders are the labels. (train comes first.)
     for top, *rest in sorted(parts.values(), key=lambda p: p[0].lower() != "train"):
         of_a_set = top.lower() in ("train", "test", "val", "valid", "validation")
         if len(rest) > 1 and (of_a_set or names == [top]):
@@ -831,7 +841,7 @@ def parse_arguments(argv):
     add("--data", default="cartoon", help=f"{', '.join(SETS)}, or a folder of images (cartoon)")
     add("--root", default="data", help="where the data sets are, or are downloaded to (data)")
     add("--size", type=int, choices=SIZES, help="side of the images in pixels")
-    add("--epochs", type=float, help="makes epochs x images / batch training steps (%(default)s)")
+    add("--epochs", type=float, help="steps are epochs x images / batch (%(default)s)")
     add("--steps", type=int, help="number of training steps, instead of --epochs")
     add("--batch", type=int, help="images in a step (%(default)s)")
     add("--lr", type=float, help="learning rate (%(default)s)")
@@ -867,7 +877,7 @@ def parse_arguments(argv):
     for flag, value in checkpoint.get("settings", {}).items():
         if flag in FIXED and vars(args)[flag] != value:
             user_error(f"--{flag.replace('_', '-')} {vars(args)[flag]}: this run has {value}")
-    if checkpoint and args.epochs:  # a run keeps its number of steps, so these epochs are new
+    if checkpoint and args.epochs:  # get_data() keeps steps alone, so --epochs was given now
         args.steps = None
     args.out, args.checkpoint, usual = str(out), checkpoint, SETS.get(args.data, 64)
     args.size = args.size or min(SIZES, key=lambda size: abs(size - usual))
@@ -911,7 +921,7 @@ def main(argv=None):
         begun = begin() if RANK == 0 else None  # the first of torchrun's processes tells mistakes
         if RANKS > 1:  # and prepares the data, while the others wait here
             kinds = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-            distributed.init_process_group(kinds)  # processes on CPUs talk by gloo, GPUs by nccl
+            distributed.init_process_group(kinds)  # gloo connects CPUs, nccl GPUs
             register_optimizer_step_pre_hook(average_gradients)
         args, data = begun or begin()
         torch.manual_seed(hash(args.seed))  # the same first weights in all processes
@@ -921,7 +931,7 @@ def main(argv=None):
     except OSError as error:
         user_error(error)
     except KeyboardInterrupt:
-        sys.exit(130)
+        sys.exit(130)  # as shells have it after Ctrl-C
 
 
 if __name__ == "__main__":

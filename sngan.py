@@ -43,6 +43,11 @@ Differs from the papers:
   - batches are drawn with replacement; the report's epochs go through all images once
   - the report prints pixel norm without the square; its code has it
 
+Try (what happens stands in README.md):
+  - GAIN = 1: how far apart are D(x) and D(G(z)), and how far is loss_D from 1.386?
+  - delete PixelNorm() in G: what happens to spread in the first rows?
+  - 0 * stddev in MinibatchStddev (an ablation): is there a difference? When would there be one?
+
     python sngan.py                                   # cartoon faces, on a CPU, no download
     python sngan.py --data celeba                     # photographs of faces, as in the report
     python sngan.py --data celeba --generate 10000    # images by the trained G, for fid.py
@@ -206,8 +211,8 @@ def train(args, data):
         real, _ = sample_batch(data, args.batch, args.device)
         fake = G(sample_z(args.batch))
 
-        # D's step. detach() keeps its gradient out of G. D sees real and fake images separately:
-        # in one batch, MinibatchStddev would measure both and hide from D how they differ.
+        # D's step. detach() keeps its gradient out of G. Real and fake images are separate batches:
+        # in a mixed one, MinibatchStddev would give both the same number.
         real_logits, fake_logits = D(real), D(fake.detach())
         loss_D = d_loss(real_logits, fake_logits)
         opt_D.zero_grad()
@@ -230,9 +235,10 @@ SCRIPT = Path(globals().get("__file__", "sngan.py")).stem  # a notebook's cell h
 
 # --- the same in every script from here on --------------------------------------------------------
 
-# channels_last makes convolutions faster. On Apple's GPUs, it broke BatchNorm until mid-2026.
+# channels_last, a pixel's channels side by side in memory, makes convolutions faster. On Apple's
+# GPUs it broke BatchNorm until mid-2026.
 LAYOUT = torch.contiguous_format if torch.backends.mps.is_available() else torch.channels_last
-# Under torchrun this is process RANK of RANKS; otherwise 0 of 1.
+# torchrun starts several processes, one for each GPU. This is process RANK of RANKS; else 0 of 1.
 TORCHRUN = os.environ if "TORCHELASTIC_RUN_ID" in os.environ else {}
 RANK, RANKS = int(TORCHRUN.get("RANK", 0)), int(TORCHRUN.get("WORLD_SIZE", 1))
 
@@ -246,7 +252,7 @@ def user_error(message):
 def steps(args, data, draw, to_save, grid=None, measure=lambda: {}):
     """What train()'s loop runs over. Each turn gets an empty dict, to fill with numbers (tensors).
 
-    Every 1 % of the run it logs their averages, draws and saves. --generate draws images alone.
+    Every 1 % of the run it logs their averages, draws and saves. --generate only draws, no step.
     draw(n): n images (n, C, size, size) in [-1, 1]. to_save: {name: network or optimiser}.
     grid(): the picture's images (rows, columns, C, size, size), by default 8 x 8 of draw().
     measure(): further columns of losses.csv, {name: number}, by default none.
@@ -279,7 +285,7 @@ def steps(args, data, draw, to_save, grid=None, measure=lambda: {}):
     every, numbers, start = math.ceil(total / 100), [], time.perf_counter()
     for step in range(done + 1, total + 1):
         # A seed for each step, so that a resumed run draws the same numbers; and for each process.
-        # (hash() of ints is the same everywhere.)
+        # hash() makes one number of them; of ints it is the same everywhere.
         torch.manual_seed(hash((args.seed, step, RANK)))
         log = {}
         yield log
@@ -304,7 +310,8 @@ def record(args, data, to_save, rows, step, picture, last):
     """Write a picture, curves.png, losses.csv, at the end training.gif, and the checkpoint."""
     out, table = Path(args.out), np.array([list(row.values()) for row in rows])
     if not np.isfinite(table).all():
-        user_error("a number is not finite" + "; a smaller --lr may help" * (len(rows) > 1))
+        hint = "; a smaller --lr may help" if len(rows) > 1 else ""  # it was finite before
+        user_error(f"a number is not finite{hint}")
     try:
         save_image(picture.flatten(0, 1) / 2 + 0.5, out / "new.png", nrow=picture.shape[1])
         os.replace(out / "new.png", out / "samples" / f"{step:06}.png")  # never half a picture
@@ -322,7 +329,8 @@ def record(args, data, to_save, rows, step, picture, last):
         print(f"not written: {error}")
     settings = {**vars(args), "checkpoint": None, "device": None}  # these two are not kept
     state = {name: part.state_dict() for name, part in to_save.items()}
-    # --generate needs no more of the data. (Without clone(), a slice is saved as the whole tensor.)
+    # --generate needs no more of the data: images for their shape, labels to draw from. Without
+    # clone(), a slice is saved as the whole tensor.
     some = data.images[:64].cpu().clone(), data.labels[:50_000].cpu().clone(), *data[2:]
     save({"script": SCRIPT, "step": step, "rows": rows, "settings": settings, "state": state,
           "data": some}, out / "checkpoint.pt")
@@ -341,7 +349,7 @@ def save(content, file):
 
 def draw_curves(names, columns):
     """The columns of losses.csv as curves over the first one, the steps."""
-    image = Image.new("RGB", (640, 120 * len(names) - 105), "white")
+    image = Image.new("RGB", (640, 120 * (len(names) - 1) + 15), "white")
     pen, ends = ImageDraw.Draw(image), columns[0][[0, -1]]
     x = np.interp(columns[0], ends, (5, 635))
     for top, name, values in zip(range(0, image.height, 120), names[1:], columns[1:]):
@@ -365,7 +373,7 @@ def preview(args, G):
 
 
 def generate(args, draw, G):
-    """--generate N: N numbered images, in place of an earlier call's. draw: or {folder: draw}."""
+    """--generate N: N numbered images, in place of earlier ones. draw may be {folder: draw}."""
     folder = Path(args.out) / "generated"
     for old in folder.rglob("[0-9]*.png"):
         old.unlink()
@@ -391,7 +399,7 @@ Data = namedtuple("Data", "images labels names digest", defaults=[""])
 SETS = {"cartoon": 32, "mnist": 28, "fashion_mnist": 28, "cifar10": 32, "celeba": 64}  # their sizes
 FACE = ["Blond_Hair", "Eyeglasses", "Mouth_Slightly_Open", "Smiling", "Wearing_Lipstick"]
 YES_NO = {"1": 1, "1.0": 1, "True": 1, "0": 0, "0.0": 0, "False": 0, "-1": 0, "-1.0": 0}
-# Numbers that must be above 0; and what a run's networks are made for, so that it must not change.
+# Numbers that must be above 0; and settings that a resumed run must keep.
 ABOVE_0 = "batch clip critic_steps epochs g_steps generate init_std lr margin steps width".split()
 FIXED = "adversarial attribute beta1 extractor init_std no_labels size width".split()
 
@@ -405,9 +413,9 @@ def sample_batch(data, n, device):
 def load_images(name, size, root="data", split="train"):
     """A set by name (split "train" or "test"), or a folder -> Data. Kept in root/prepared."""
     items, open_item, labels, names = find_images(name, size, root, split)
-    files = items if type(items) is list else []  # otherwise items are numbers of images
+    files = items if type(items) is list else []  # items may also be a range of numbers
     facts = [(info.st_size, info.st_mtime) for info in map(os.stat, files)]
-    known = Data._fields, items, facts, names, labels.tobytes()
+    known = Data._fields, items, facts, names, labels.tobytes()  # with the form of what is saved
     key = hashlib.sha1(repr(known).encode()).hexdigest()[:16]
     if os.path.exists(root) and not os.access(root, os.W_OK):  # as Kaggle's input
         root = "data"
@@ -422,7 +430,8 @@ def load_images(name, size, root="data", split="train"):
         saved = torch.load(file, mmap=True, weights_only=True)
     data = Data(*saved)
     counts = dict(zip(data.names[:40], data.labels.sum(0).tolist()))
-    print("labels:", counts or "none", *["and more"] * (len(data.names) > 40))
+    more = f" and {len(data.names) - 40} more" if len(data.names) > 40 else ""
+    print(f"labels: {counts or 'none'}{more}")
     return data
 
 
@@ -481,7 +490,7 @@ def find_images(name, size, root, split):
     except (RuntimeError, OSError) as error:
         user_error(f"{name} is not in {root}, and could not be downloaded: {error}")
     pixels, labels = np.asarray(found.data), np.eye(10, dtype=np.uint8)[list(found.targets)]
-    if name != "cifar10" and size != 28:  # a frame around 28 px: sharper than scaling
+    if name != "cifar10" and size != 28:  # a frame makes 28 px 32: sharper than scaling
         pixels = np.pad(pixels, ((0, 0), (2, 2), (2, 2)))
     return range(len(pixels)), lambda i: Image.fromarray(pixels[i]), labels, found.classes
 
@@ -504,7 +513,7 @@ def find_celeba(root, split):
     published = range(1, 182638) if split == "train" else range(182638, 202600)
     part = [n for n in published if n in images and (n in rows or not rows)]
     print(f"celeba: {len(part):,} of the {len(published):,} images of the {split} part")
-    labels = np.frombuffer(b"".join(rows.get(n, b"") for n in part), np.uint8)
+    labels = np.frombuffer(b"".join(rows.get(n, b"") for n in part), np.uint8)  # one after another
 
     def open_face(file):  # the centre, 128 x 128 pixels, of a published image
         image = open_image(file)
@@ -514,14 +523,14 @@ def find_celeba(root, split):
 
 def read_table(file):
     """CelebA's table -> {number of an image: bytes, 0 or 1 for each of K attributes}, K names."""
-    text = Path(file).read_text("utf-8-sig").translate({ord(c): " " for c in ',;"'}).strip()
-    lines = text.splitlines()
-    start = 1 if lines and lines[0].split()[1:] else 2  # the authors' begins with the row count
+    text = Path(file).read_text("utf-8-sig").translate({ord(c): " " for c in ',;"'})
+    lines = text.strip().splitlines()  # of words between blanks
+    start = 1 if lines and lines[0].split()[1:] else 2  # line 1 of the authors' is the row count
     names, rows = "".join(lines[start - 1 : start]).replace("image_id", "").split(), {}
     for i, line in enumerate(lines[start:], start + 1):  # they end like 000001.jpg -1 1 1
         image, *values = line.split()[-1 - len(names) :] or [""]
         number = re.fullmatch(r"(\d+)\.[a-zA-Z]+", image)
-        wrong = not number or len(values) < len(names) or not YES_NO.keys() >= set(values)
+        wrong = not number or len(values) < len(names) or not set(values) <= YES_NO.keys()
         if wrong or int(number[1]) in rows:
             raise ValueError(f"line {i} is not a new image and {len(names)} times -1, 0 or 1")
         rows[int(number[1])] = bytes(map(YES_NO.get, values))
@@ -537,7 +546,7 @@ def find_folder(name):
     parts = {file: os.path.relpath(file, name).split(os.sep) for file in list_files(name)}
     inside = [p[0] for p in parts.values() if p[1:]]
     names = sorted(set(inside))
-    # A folder train, or a single folder, above the labels: they are one level deeper.
+    # Below a folder train, or a single folder, other folders are the labels. (train comes first.)
     for top, *rest in sorted(parts.values(), key=lambda p: p[0].lower() != "train"):
         of_a_set = top.lower() in ("train", "test", "val", "valid", "validation")
         if len(rest) > 1 and (of_a_set or names == [top]):
@@ -627,7 +636,7 @@ def parse_arguments(argv):
     add("--data", default="cartoon", help=f"{', '.join(SETS)}, or a folder of images (cartoon)")
     add("--root", default="data", help="where the data sets are, or are downloaded to (data)")
     add("--size", type=int, choices=SIZES, help="side of the images in pixels")
-    add("--epochs", type=float, help="makes epochs x images / batch training steps (%(default)s)")
+    add("--epochs", type=float, help="steps are epochs x images / batch (%(default)s)")
     add("--steps", type=int, help="number of training steps, instead of --epochs")
     add("--batch", type=int, help="images in a step (%(default)s)")
     add("--lr", type=float, help="learning rate (%(default)s)")
@@ -663,7 +672,7 @@ def parse_arguments(argv):
     for flag, value in checkpoint.get("settings", {}).items():
         if flag in FIXED and vars(args)[flag] != value:
             user_error(f"--{flag.replace('_', '-')} {vars(args)[flag]}: this run has {value}")
-    if checkpoint and args.epochs:  # a run keeps its number of steps, so these epochs are new
+    if checkpoint and args.epochs:  # get_data() keeps steps alone, so --epochs was given now
         args.steps = None
     args.out, args.checkpoint, usual = str(out), checkpoint, SETS.get(args.data, 64)
     args.size = args.size or min(SIZES, key=lambda size: abs(size - usual))
@@ -707,7 +716,7 @@ def main(argv=None):
         begun = begin() if RANK == 0 else None  # the first of torchrun's processes tells mistakes
         if RANKS > 1:  # and prepares the data, while the others wait here
             kinds = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-            distributed.init_process_group(kinds)  # processes on CPUs talk by gloo, GPUs by nccl
+            distributed.init_process_group(kinds)  # gloo connects CPUs, nccl GPUs
             register_optimizer_step_pre_hook(average_gradients)
         args, data = begun or begin()
         torch.manual_seed(hash(args.seed))  # the same first weights in all processes
@@ -717,7 +726,7 @@ def main(argv=None):
     except OSError as error:
         user_error(error)
     except KeyboardInterrupt:
-        sys.exit(130)
+        sys.exit(130)  # as shells have it after Ctrl-C
 
 
 if __name__ == "__main__":

@@ -628,7 +628,7 @@ def test_of_many_labels_only_some_are_printed(tmp_path, capsys):
     pictures(tmp_path / "own", *(f"person {i}/1.png" for i in range(60)))
     assert len(prepared(tmp_path / "own").names) == 60
     told, = [line for line in capsys.readouterr().out.splitlines() if line.startswith("labels")]
-    assert "person 0'" in told and told.endswith(" and more") and told.count("person") == 40
+    assert "person 0'" in told and told.endswith(" and 20 more") and told.count("person") == 40
 
 
 def test_a_class_that_may_not_be_read_is_told(tmp_path, capsys, monkeypatch):
