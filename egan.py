@@ -796,8 +796,8 @@ def parse_arguments(argv):
     for flag, value in checkpoint.get("settings", {}).items():
         if flag in FIXED and vars(args)[flag] != value:
             user_error(f"--{flag.replace('_', '-')} {vars(args)[flag]}: this run has {value}")
-    if checkpoint and args.epochs:  # get_data() keeps steps alone, so --epochs was given now
-        args.steps = None
+    if args.epochs and args.steps == checkpoint.get("settings", {}).get("steps"):
+        args.steps = None  # a run keeps its steps, not its epochs, so --epochs was given now
     args.out, args.checkpoint, usual = str(out), checkpoint, SETS.get(args.data, 64)
     args.size = args.size or min(SIZES, key=lambda size: abs(size - usual))
     args.device = torch.device(args.device or devices[0])
