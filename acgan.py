@@ -3,11 +3,11 @@
 2016, arXiv 1610.09585. The networks are those of Espis and Potrimba, "Deep Learning Project",
 University of Bologna, 2020.
 
-G is conditional: labels tell it what to draw. D gets a second last layer (a head), an auxiliary
+G is conditional: labels tell it what to draw. D gets another output layer (a head), an auxiliary
 classifier: it learns to read the labels y off real images. G is rewarded when D reads off its fake
 the labels y' that G was given, so it draws what can be recognised.
 
-    L_S = E[log D(x)] + E[log(1 - D(G(z, y')))]                 Eq. 2: real or fake?
+    L_S = E[log D(x)] + E[log(1 - D(G(z, y')))]                 Eq. 2: source, real or fake?
     L_C = E[log P(y|x)] + E[log P(y'|G(z, y'))]                 Eq. 3: which labels?
     L_D = -L_S - aux E[log P(y|x)]                              --aux weighs the labels
     L_G = -E[log D(G(z, y'))] - aux E[log P(y'|G(z, y'))]       non-saturating, as in dcgan.py
@@ -16,7 +16,7 @@ If every image has one label, its class, P is a softmax over the classes. Attrib
 smiling, young, ...) do not exclude each other: each has a sigmoid, and log P is the mean over them.
 
 Watch acc(x) and acc(G(z)), how often the second head is right on real and fake images; acc(guess)
-is for always guessing the more frequent value. Only once acc(x) exceeds it, G can learn from it.
+is for always guessing the more frequent value. Only once acc(x) exceeds that, G can learn.
 
 In the networks, spectral norm (arXiv 1802.05957) divides a convolution's weights, as a matrix, by
 the largest singular value, the most that it stretches any vector: this bounds D's slope. Pixel norm
@@ -48,7 +48,7 @@ Differs from the papers:
   - --aux is 10, not 1: a mean over 40 attributes leaves little to each
   - fakes' attributes are independent, each as frequent as in the data. The report does not tell
     how it draws them; its code flips fair coins, which give 20 of 40 (a face has about 9). With
-    whole rows of real labels, Male never comes with lipstick, and changed less by itself
+    whole rows of real labels, Male never comes with lipstick, and flipping it alone changed less
   - D makes one step on 64 real and 64 fake images, drawn with replacement; the report's code makes
     two, on 32 of each, and its epochs go through all images once
 
@@ -298,8 +298,8 @@ def look_at_labels(args, data):
                    "list_attr_celeba.txt (https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html)")
     one_hot = bool((data.labels.sum(1) == 1).all())
     columns = list(parse_labels(args.attributes, data.names)) if args.attributes else None
-    guess = (data.labels.float().mean(0) - 0.5).expand_as(data.labels)
-    return one_hot, columns, float(accuracy(guess, data.labels, one_hot))
+    guess_logits = (data.labels.float().mean(0) - 0.5).expand_as(data.labels)
+    return one_hot, columns, float(accuracy(guess_logits, data.labels, one_hot))
 
 
 def fake_labels(data, n, device, one_hot):
@@ -420,7 +420,7 @@ def steps(args, data, draw, to_save, grid=None, measure=lambda: {}):
     done, rows = saved.get("step", 0), saved.get("rows", [])
     real = data.images[:64].to(args.device) / 127.5 - 1
 
-    def look():  # at what G draws: columns of losses.csv, and the picture
+    def look():  # columns of losses.csv (spread: do fakes differ?), and the picture
         with preview(args, to_save["G"]):
             fakes = draw(64)
             columns = {"spread": float(fakes.std(0).mean() / real.std(0).mean()), **measure()}
@@ -550,7 +550,7 @@ Data = namedtuple("Data", "images labels names digest", defaults=[""])
 SETS = {"cartoon": 32, "mnist": 28, "fashion_mnist": 28, "cifar10": 32, "celeba": 64}  # their sizes
 FACE = ["Blond_Hair", "Eyeglasses", "Mouth_Slightly_Open", "Smiling", "Wearing_Lipstick"]
 YES_NO = {"1": 1, "1.0": 1, "True": 1, "0": 0, "0.0": 0, "False": 0, "-1": 0, "-1.0": 0}
-# Numbers that must be above 0; and settings that a resumed run must keep.
+# Above: a label in a table. Below: numbers that must be above 0; what a resumed run must keep.
 ABOVE_0 = "batch clip critic_steps epochs g_steps generate init_std lr margin steps width".split()
 FIXED = "adversarial attribute beta1 extractor init_std no_labels size width".split()
 
@@ -566,12 +566,12 @@ def load_images(name, size, root="data", split="train"):
     items, open_item, labels, names = find_images(name, size, root, split)
     files = items if type(items) is list else []  # items may also be a range of numbers
     facts = [(info.st_size, info.st_mtime) for info in map(os.stat, files)]
-    known = Data._fields, items, facts, names, labels.tobytes()  # with the form of what is saved
+    known = Data._fields, items, facts, names, labels.tobytes()  # _fields: the file's format
     key = hashlib.sha1(repr(known).encode()).hexdigest()[:16]
     if os.path.exists(root) and not os.access(root, os.W_OK):  # as Kaggle's input
         root = "data"
     file = Path(root) / "prepared" / f"{Path(name).name[:40]}-{size}-{split}-{key}.pt"
-    try:  # the key is another one if any image or label has changed
+    try:  # a changed image has another key. mmap: it is read from disk when needed
         saved = torch.load(file, mmap=True, weights_only=True)
     except Exception:  # there is no such file yet, or it is damaged
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -678,7 +678,7 @@ def read_table(file):
     lines = text.strip().splitlines()  # of words between blanks
     start = 1 if lines and lines[0].split()[1:] else 2  # line 1 of the authors' is the row count
     names, rows = "".join(lines[start - 1 : start]).replace("image_id", "").split(), {}
-    for i, line in enumerate(lines[start:], start + 1):  # they end like 000001.jpg -1 1 1
+    for i, line in enumerate(lines[start:], start + 1):  # 000001.jpg -1 1 ..., or 7 000001.jpg
         image, *values = line.split()[-1 - len(names) :] or [""]
         number = re.fullmatch(r"(\d+)\.[a-zA-Z]+", image)
         wrong = not number or len(values) < len(names) or not set(values) <= YES_NO.keys()
@@ -697,7 +697,7 @@ def find_folder(name):
     parts = {file: os.path.relpath(file, name).split(os.sep) for file in list_files(name)}
     inside = [p[0] for p in parts.values() if p[1:]]
     names = sorted(set(inside))
-    # Below a folder train, or a single folder, other folders are the labels. (train comes first.)
+    # Sub-folders of train, or of an only folder, must be the labels. (train comes first.)
     for top, *rest in sorted(parts.values(), key=lambda p: p[0].lower() != "train"):
         of_a_set = top.lower() in ("train", "test", "val", "valid", "validation")
         if len(rest) > 1 and (of_a_set or names == [top]):
@@ -824,13 +824,13 @@ def parse_arguments(argv):
         if flag in FIXED and vars(args)[flag] != value:
             user_error(f"--{flag.replace('_', '-')} {vars(args)[flag]}: this run has {value}")
     if args.epochs and args.steps == checkpoint.get("settings", {}).get("steps"):
-        args.steps = None  # a run keeps its steps, not its epochs, so --epochs was given now
+        args.steps = None  # checkpoints have epochs None, so --epochs was given just now
     args.out, args.checkpoint, usual = str(out), checkpoint, SETS.get(args.data, 64)
     args.size = args.size or min(SIZES, key=lambda size: abs(size - usual))
     args.device = torch.device(args.device or devices[0])
     if args.device.type == "cuda":
         torch.cuda.set_device(int(TORCHRUN.get("LOCAL_RANK", 0)))
-        torch.backends.cudnn.benchmark = True
+        torch.backends.cudnn.benchmark = True  # try which convolution is fastest
     return args
 
 

@@ -263,7 +263,7 @@ def steps(args, data, draw, to_save, grid=None, measure=lambda: {}):
     done, rows = saved.get("step", 0), saved.get("rows", [])
     real = data.images[:64].to(args.device) / 127.5 - 1
 
-    def look():  # at what G draws: columns of losses.csv, and the picture
+    def look():  # columns of losses.csv (spread: do fakes differ?), and the picture
         with preview(args, to_save["G"]):
             fakes = draw(64)
             columns = {"spread": float(fakes.std(0).mean() / real.std(0).mean()), **measure()}
@@ -393,7 +393,7 @@ Data = namedtuple("Data", "images labels names digest", defaults=[""])
 SETS = {"cartoon": 32, "mnist": 28, "fashion_mnist": 28, "cifar10": 32, "celeba": 64}  # their sizes
 FACE = ["Blond_Hair", "Eyeglasses", "Mouth_Slightly_Open", "Smiling", "Wearing_Lipstick"]
 YES_NO = {"1": 1, "1.0": 1, "True": 1, "0": 0, "0.0": 0, "False": 0, "-1": 0, "-1.0": 0}
-# Numbers that must be above 0; and settings that a resumed run must keep.
+# Above: a label in a table. Below: numbers that must be above 0; what a resumed run must keep.
 ABOVE_0 = "batch clip critic_steps epochs g_steps generate init_std lr margin steps width".split()
 FIXED = "adversarial attribute beta1 extractor init_std no_labels size width".split()
 
@@ -409,12 +409,12 @@ def load_images(name, size, root="data", split="train"):
     items, open_item, labels, names = find_images(name, size, root, split)
     files = items if type(items) is list else []  # items may also be a range of numbers
     facts = [(info.st_size, info.st_mtime) for info in map(os.stat, files)]
-    known = Data._fields, items, facts, names, labels.tobytes()  # with the form of what is saved
+    known = Data._fields, items, facts, names, labels.tobytes()  # _fields: the file's format
     key = hashlib.sha1(repr(known).encode()).hexdigest()[:16]
     if os.path.exists(root) and not os.access(root, os.W_OK):  # as Kaggle's input
         root = "data"
     file = Path(root) / "prepared" / f"{Path(name).name[:40]}-{size}-{split}-{key}.pt"
-    try:  # the key is another one if any image or label has changed
+    try:  # a changed image has another key. mmap: it is read from disk when needed
         saved = torch.load(file, mmap=True, weights_only=True)
     except Exception:  # there is no such file yet, or it is damaged
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -521,7 +521,7 @@ def read_table(file):
     lines = text.strip().splitlines()  # of words between blanks
     start = 1 if lines and lines[0].split()[1:] else 2  # line 1 of the authors' is the row count
     names, rows = "".join(lines[start - 1 : start]).replace("image_id", "").split(), {}
-    for i, line in enumerate(lines[start:], start + 1):  # they end like 000001.jpg -1 1 1
+    for i, line in enumerate(lines[start:], start + 1):  # 000001.jpg -1 1 ..., or 7 000001.jpg
         image, *values = line.split()[-1 - len(names) :] or [""]
         number = re.fullmatch(r"(\d+)\.[a-zA-Z]+", image)
         wrong = not number or len(values) < len(names) or not set(values) <= YES_NO.keys()
@@ -540,7 +540,7 @@ def find_folder(name):
     parts = {file: os.path.relpath(file, name).split(os.sep) for file in list_files(name)}
     inside = [p[0] for p in parts.values() if p[1:]]
     names = sorted(set(inside))
-    # Below a folder train, or a single folder, other folders are the labels. (train comes first.)
+    # Sub-folders of train, or of an only folder, must be the labels. (train comes first.)
     for top, *rest in sorted(parts.values(), key=lambda p: p[0].lower() != "train"):
         of_a_set = top.lower() in ("train", "test", "val", "valid", "validation")
         if len(rest) > 1 and (of_a_set or names == [top]):
@@ -667,13 +667,13 @@ def parse_arguments(argv):
         if flag in FIXED and vars(args)[flag] != value:
             user_error(f"--{flag.replace('_', '-')} {vars(args)[flag]}: this run has {value}")
     if args.epochs and args.steps == checkpoint.get("settings", {}).get("steps"):
-        args.steps = None  # a run keeps its steps, not its epochs, so --epochs was given now
+        args.steps = None  # checkpoints have epochs None, so --epochs was given just now
     args.out, args.checkpoint, usual = str(out), checkpoint, SETS.get(args.data, 64)
     args.size = args.size or min(SIZES, key=lambda size: abs(size - usual))
     args.device = torch.device(args.device or devices[0])
     if args.device.type == "cuda":
         torch.cuda.set_device(int(TORCHRUN.get("LOCAL_RANK", 0)))
-        torch.backends.cudnn.benchmark = True
+        torch.backends.cudnn.benchmark = True  # try which convolution is fastest
     return args
 
 

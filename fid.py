@@ -512,12 +512,12 @@ def load_images(name, size, root="data", split="train"):
     items, open_item, labels, names = find_images(name, size, root, split)
     files = items if type(items) is list else []  # items may also be a range of numbers
     facts = [(info.st_size, info.st_mtime) for info in map(os.stat, files)]
-    known = Data._fields, items, facts, names, labels.tobytes()  # with the form of what is saved
+    known = Data._fields, items, facts, names, labels.tobytes()  # _fields: the file's format
     key = hashlib.sha1(repr(known).encode()).hexdigest()[:16]
     if os.path.exists(root) and not os.access(root, os.W_OK):  # as Kaggle's input
         root = "data"
     file = Path(root) / "prepared" / f"{Path(name).name[:40]}-{size}-{split}-{key}.pt"
-    try:  # the key is another one if any image or label has changed
+    try:  # a changed image has another key. mmap: it is read from disk when needed
         saved = torch.load(file, mmap=True, weights_only=True)
     except Exception:  # there is no such file yet, or it is damaged
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -635,7 +635,7 @@ def read_table(file):
     lines = text.strip().splitlines()  # of words between blanks
     start = 1 if lines and lines[0].split()[1:] else 2  # line 1 of the authors' is the row count
     names, rows = "".join(lines[start - 1 : start]).replace("image_id", "").split(), {}
-    for i, line in enumerate(lines[start:], start + 1):  # they end like 000001.jpg -1 1 1
+    for i, line in enumerate(lines[start:], start + 1):  # 000001.jpg -1 1 ..., or 7 000001.jpg
         image, *values = line.split()[-1 - len(names) :] or [""]
         number = re.fullmatch(r"(\d+)\.[a-zA-Z]+", image)
         wrong = not number or len(values) < len(names) or not set(values) <= YES_NO.keys()
@@ -654,7 +654,7 @@ def find_folder(name):
     parts = {file: os.path.relpath(file, name).split(os.sep) for file in list_files(name)}
     inside = [p[0] for p in parts.values() if p[1:]]
     names = sorted(set(inside))
-    # Below a folder train, or a single folder, other folders are the labels. (train comes first.)
+    # Sub-folders of train, or of an only folder, must be the labels. (train comes first.)
     for top, *rest in sorted(parts.values(), key=lambda p: p[0].lower() != "train"):
         of_a_set = top.lower() in ("train", "test", "val", "valid", "validation")
         if len(rest) > 1 and (of_a_set or names == [top]):

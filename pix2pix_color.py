@@ -4,7 +4,7 @@ Networks", 2016, arXiv 1611.07004. Here it colours grey photos, with four advers
 compare, as in C. Fabbri, "A Comparative Study of GANs Towards Automatic Image Colorization", 2017.
 
 CIELAB writes a colour as lightness L and two numbers a and b: green to red, blue to yellow. G sees
-x, the L of a photo, and predicts y, its a and b. A blue shirt and a red one can look alike in grey.
+x, the L of a photo, and predicts y, its a and b. Green shirts and red ones can look alike in grey.
 The guess with the smallest error on average lies between them: brown. D sees x and y together: it
 is conditional. It learns that brown shirts are rare, and makes G decide.
 
@@ -17,7 +17,7 @@ is conditional. It learns that brown shirts are rare, and makes G decide.
     ebgan   E[D(x, y)] + E[max(0, m - D(x, y'))]               E[D(x, y')]               1609.03126
 
 --adversarial chooses L_D and the adversarial loss L_A. In ebgan D returns an energy, low for real;
-fakes are pushed up to the margin m only. --adversarial-weight is w. The larger w, the more colour
+D raises that of fakes up to the margin m. --adversarial-weight is w. The larger w, the more colour
 there is, and the more error: a bold guess is further from the truth, on average, than a pale one.
 The four L_A differ in scale. On photographs (CIFAR-10), G's gradient of w * L_A was a quarter to a
 half of that of 100 * E[|y - y'|] with w = 1 for gan, 3 for lsgan, 40 for wgan and 100 for ebgan.
@@ -38,8 +38,8 @@ Changes from dcgan.py:
     sqrt(a^2 + b^2), is relative to that of the true colours, near 0 for grey. D(y) and D(G(x)) are
     D's mean outputs. --generate N writes the first N, coloured
   - --colorize colours photos. G sees a photo with its short side at --size, continued by mirror
-    images until both sides are multiples of --size. The photo keeps its shape, and its lightness
-    but where a colour is clipped, since no screen can show it
+    images until both sides are multiples of --size. The photo keeps its shape, and its lightness,
+    except where no screen can show the colour
 
 Differs from the paper:
   - it has ImageNet at 256 px, in batches of 4. Here --size is 128 by default; 64 has fewer layers
@@ -53,11 +53,11 @@ Differs from the paper:
     By default, G enlarges maps by resizing, and its first layer has no skip connection. wgan has
     a gradient penalty, and a LeakyReLU on D's output. Grey photos of one set, Places2, are left out
   - his code trains gan at 1e-4 with L1 and 2e-5 with L2 (8 epochs), lsgan at 1e-4 (4 and 6), ebgan
-    at 1e-3 (1), wgan at 5e-5 (2 and 3). Its L2 = 1 is of half a sum, and leaves L_A no say: here
-    --l2 is batch * size^2, or 262144 for batches of 4 at 256 px
+    at 1e-3 (1), wgan at 5e-5 (2 and 3). Its weight 1 of L2 is on half a sum, and drowns L_A:
+    that is --l2 batch * size^2, or 262144 for batches of 4 at 256 px
   - its autoencoder does not see x, and its margin of 80 is for another energy. Ours is a mean
     square: 0.013 (CIFAR-10) or 0.02 (CelebA) for a photo that comes back grey. m must be less, or D
-    need not copy any colour
+    can win by copying all as grey
 
 Try (what happens stands in README.md):
   - --adversarial-weight 0: which of L1/grey, PSNR and chroma gets better, which worse?
@@ -474,7 +474,7 @@ def steps(args, data, draw, to_save, grid=None, measure=lambda: {}):
     done, rows = saved.get("step", 0), saved.get("rows", [])
     real = data.images[:64].to(args.device) / 127.5 - 1
 
-    def look():  # at what G draws: columns of losses.csv, and the picture
+    def look():  # columns of losses.csv (spread: do fakes differ?), and the picture
         with preview(args, to_save["G"]):
             fakes = draw(64)
             columns = {"spread": float(fakes.std(0).mean() / real.std(0).mean()), **measure()}
@@ -604,7 +604,7 @@ Data = namedtuple("Data", "images labels names digest", defaults=[""])
 SETS = {"cartoon": 32, "mnist": 28, "fashion_mnist": 28, "cifar10": 32, "celeba": 64}  # their sizes
 FACE = ["Blond_Hair", "Eyeglasses", "Mouth_Slightly_Open", "Smiling", "Wearing_Lipstick"]
 YES_NO = {"1": 1, "1.0": 1, "True": 1, "0": 0, "0.0": 0, "False": 0, "-1": 0, "-1.0": 0}
-# Numbers that must be above 0; and settings that a resumed run must keep.
+# Above: a label in a table. Below: numbers that must be above 0; what a resumed run must keep.
 ABOVE_0 = "batch clip critic_steps epochs g_steps generate init_std lr margin steps width".split()
 FIXED = "adversarial attribute beta1 extractor init_std no_labels size width".split()
 
@@ -620,12 +620,12 @@ def load_images(name, size, root="data", split="train"):
     items, open_item, labels, names = find_images(name, size, root, split)
     files = items if type(items) is list else []  # items may also be a range of numbers
     facts = [(info.st_size, info.st_mtime) for info in map(os.stat, files)]
-    known = Data._fields, items, facts, names, labels.tobytes()  # with the form of what is saved
+    known = Data._fields, items, facts, names, labels.tobytes()  # _fields: the file's format
     key = hashlib.sha1(repr(known).encode()).hexdigest()[:16]
     if os.path.exists(root) and not os.access(root, os.W_OK):  # as Kaggle's input
         root = "data"
     file = Path(root) / "prepared" / f"{Path(name).name[:40]}-{size}-{split}-{key}.pt"
-    try:  # the key is another one if any image or label has changed
+    try:  # a changed image has another key. mmap: it is read from disk when needed
         saved = torch.load(file, mmap=True, weights_only=True)
     except Exception:  # there is no such file yet, or it is damaged
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -732,7 +732,7 @@ def read_table(file):
     lines = text.strip().splitlines()  # of words between blanks
     start = 1 if lines and lines[0].split()[1:] else 2  # line 1 of the authors' is the row count
     names, rows = "".join(lines[start - 1 : start]).replace("image_id", "").split(), {}
-    for i, line in enumerate(lines[start:], start + 1):  # they end like 000001.jpg -1 1 1
+    for i, line in enumerate(lines[start:], start + 1):  # 000001.jpg -1 1 ..., or 7 000001.jpg
         image, *values = line.split()[-1 - len(names) :] or [""]
         number = re.fullmatch(r"(\d+)\.[a-zA-Z]+", image)
         wrong = not number or len(values) < len(names) or not set(values) <= YES_NO.keys()
@@ -751,7 +751,7 @@ def find_folder(name):
     parts = {file: os.path.relpath(file, name).split(os.sep) for file in list_files(name)}
     inside = [p[0] for p in parts.values() if p[1:]]
     names = sorted(set(inside))
-    # Below a folder train, or a single folder, other folders are the labels. (train comes first.)
+    # Sub-folders of train, or of an only folder, must be the labels. (train comes first.)
     for top, *rest in sorted(parts.values(), key=lambda p: p[0].lower() != "train"):
         of_a_set = top.lower() in ("train", "test", "val", "valid", "validation")
         if len(rest) > 1 and (of_a_set or names == [top]):
@@ -878,13 +878,13 @@ def parse_arguments(argv):
         if flag in FIXED and vars(args)[flag] != value:
             user_error(f"--{flag.replace('_', '-')} {vars(args)[flag]}: this run has {value}")
     if args.epochs and args.steps == checkpoint.get("settings", {}).get("steps"):
-        args.steps = None  # a run keeps its steps, not its epochs, so --epochs was given now
+        args.steps = None  # checkpoints have epochs None, so --epochs was given just now
     args.out, args.checkpoint, usual = str(out), checkpoint, SETS.get(args.data, 64)
     args.size = args.size or min(SIZES, key=lambda size: abs(size - usual))
     args.device = torch.device(args.device or devices[0])
     if args.device.type == "cuda":
         torch.cuda.set_device(int(TORCHRUN.get("LOCAL_RANK", 0)))
-        torch.backends.cudnn.benchmark = True
+        torch.backends.cudnn.benchmark = True  # try which convolution is fastest
     return args
 
 

@@ -24,7 +24,7 @@ def cut(picture):
     """A grid as torchvision's save_image() makes it, with 2 black pixels between -> rows."""
     pixels = np.asarray(picture)
     height, width = pixels.shape[:2]
-    for side in (1024, 512, 256, 128, 64, 32, 16):
+    for side in (1024, 512, 256, 128, 64, 32, 28, 16):
         lines = [*range(0, width, side + 2)], [*range(0, height, side + 2)]
         fits = (width - 2) % (side + 2) == 0 == (height - 2) % (side + 2)
         if fits and not pixels[:, lines[0]].any() and not pixels[lines[1]].any():
