@@ -27,11 +27,11 @@ Changes from sngan.py:
   - G(z, y): the labels are appended to z. D has a second head on the same features, and no dropout
   - the losses of that head, weighted by --aux, on fakes in L_D by --aux-fakes (0)
   - pictures: one z per row. Of classes there is one per column. Of attributes, a row begins with
-    the labels of a real image. Each further column flips one of them, and goes beyond it to show
-    the effect (0 to 2, 1 to -1). --attributes A,B chooses the columns
+    the labels of a real image. Each further column flips one of them and exaggerates: 0 becomes 2,
+    and 1 becomes -1. --attributes A,B chooses the columns
   - --generate N draws N images of each class, generated/CLASS/00000.png and so on, which --data can
     read. --labels A,B chooses classes. Attributes are those of random real images; --labels A,-B
-    sets A to 1 and B to 0. generated/labels.csv tells them, in the form of CelebA's table.
+    sets A to 1 and B to 0. generated/labels.csv lists them as 1 and -1, as CelebA's table does.
     labels.png is the picture above, with N rows, at most 16
 
 Differs from the papers:
@@ -222,7 +222,7 @@ def accuracy(label_logits, y, one_hot):
 
 
 def add_arguments(parser):
-    """Set this paper's defaults and flags. Return the defaults that differ on cartoon faces."""
+    """Set this script's defaults and flags. Return the defaults that differ on cartoon faces."""
     parser.set_defaults(lr=2e-4, batch=64, epochs=100)
     parser.epilog = "--lr, --batch and --epochs are those of Espis and Potrimba (2020)."
     add = parser.add_argument
@@ -230,7 +230,7 @@ def add_arguments(parser):
     add("--aux", type=float, default=10, help="weight of the labels' losses (10; the papers' is 1)")
     add("--aux-fakes", type=float, default=0, help="weight of fakes' labels in L_D (0; 1 in Eq. 3)")
     add("--attributes", metavar="A,B", help="labels that the pictures show, one per column")
-    add("--labels", metavar="A,B", help="what --generate draws; of attributes: A, not B is A,-B")
+    add("--labels", metavar="A,B", help="what --generate draws; A,-B is attribute A and not B")
     return {"batch": 16, "epochs": 25, "width": 48, "lr": 1e-3}  # minutes on a CPU
 
 
@@ -329,8 +329,8 @@ def parse_labels(text, names):
 def label_draws(args, G, sample_z, data):
     """What --generate draws. Of classes: {class: draw(n)}, for those in --labels, or else for all.
 
-    Of attributes: draw(n). They are those of random real images, but for the ones that --labels
-    sets to 1 or 0. generated/labels.csv tells them, in the form of CelebA's table.
+    Of attributes: draw(n), with those of random real images, but for the ones that --labels sets
+    to 1 or 0. generated/labels.csv lists them as 1 and -1, as CelebA's table does.
     """
     names = data.names
     chosen = parse_labels(args.labels, names) if args.labels else {}
@@ -344,21 +344,21 @@ def label_draws(args, G, sample_z, data):
     y = sample_labels(data, args.generate, args.device)
     for k, value in chosen.items():
         y[:, k] = value
-    folder, left = Path(args.out) / "generated", iter(y)
+    folder, rows = Path(args.out) / "generated", iter(y)
     folder.mkdir(exist_ok=True)
     with open(folder / "labels.csv", "w") as table:
         print("image_id", *names, sep=",", file=table)
         for i, row in enumerate(y.tolist()):
             print(f"{i:05}.png", *(1 if label else -1 for label in row), sep=",", file=table)
-    return lambda n: G(sample_z(n), torch.stack([next(left) for _ in range(n)]))  # the next n rows
+    return lambda n: G(sample_z(n), torch.stack([next(rows) for _ in range(n)]))  # the next n rows
 
 
 def label_grid(G, z, data, columns=None):
     """A picture of what the labels do: (rows, columns, C, size, size), with one z per row.
 
     Classes: one per column, at most 16. Attributes: the first column has labels of real images. In
-    each further column one attribute is flipped, and goes beyond 0 and 1 to show its effect. By
-    default these are the eight that half of the images have, or nearly: G learns little about
+    each further column one attribute is flipped and exaggerated: 0 becomes 2, and 1 becomes -1.
+    columns says which, by default the eight whose frequency is nearest to 1/2: G learns little of
     rare ones. y holds the labels of all these images (rows, columns, K).
     """
     classes = len(data.names)

@@ -21,13 +21,13 @@ Changes from dcgan.py:
     LeakyReLU in both; in D no BatchNorm, but biases and dropout 0.3; PyTorch's initial weights
   - the fakes of a step get the labels of its real images, so labels are as frequent as in the data
   - pictures: one z per row. Of classes there is one per column. Of attributes, a row begins with
-    the labels of a real image. Each further column flips one of them, and goes beyond it to show
-    the effect (0 to 2, 1 to -1)
+    the labels of a real image. Each further column flips one of them and exaggerates: 0 becomes 2,
+    and 1 becomes -1
   - --generate N draws N images of each class, generated/CLASS/00000.png and so on, which --data can
     read. --labels A,B chooses classes. Attributes are those of random real images; --labels A,-B
-    sets A to 1 and B to 0. generated/labels.csv tells them, in the form of CelebA's table
+    sets A to 1 and B to 0. generated/labels.csv lists them as 1 and -1, as CelebA's table does
   - learning rate 5e-4, batches of 256 (at least 2, for BatchNorm), 150 epochs; sizes up to 64;
-    --beta1; no --width and no --g-steps
+    no --width, --g-steps, --init-std
   - --no-labels leaves labels and their maps out, which is Marchiori's unconditional GAN. The same
     happens if the data has none; the run then begins with "labels: none"
 
@@ -85,7 +85,7 @@ Z = 100  # how many numbers z has
 def label_map(classes, side):
     """A network: labels (B, K) -> one feature map (B, 1, side, side); no map if K is 0."""
     if classes == 0:
-        return nn.Unflatten(1, (0, side, side))
+        return nn.Unflatten(1, (0, side, side))  # (B, 0) -> (B, 0, side, side)
     return nn.Sequential(
         nn.Linear(classes, 100, bias=False),  # the embedding
         nn.Linear(100, side * side),
@@ -164,12 +164,12 @@ def g_loss(fake_logits):
 
 
 def add_arguments(parser):
-    """Set this paper's defaults and flags. Return the defaults that differ on cartoon faces."""
+    """Set this script's defaults and flags. Return the defaults that differ on cartoon faces."""
     parser.set_defaults(lr=5e-4, batch=256, epochs=150)
     parser.epilog = "--batch and --epochs are Marchiori's (2021), --lr is ours."
     add = parser.add_argument
     add("--no-labels", action="store_true", help="a GAN without conditions")
-    add("--labels", metavar="A,B", help="what --generate draws; of attributes: A, not B is A,-B")
+    add("--labels", metavar="A,B", help="what --generate draws; A,-B is attribute A and not B")
     add("--beta1", type=float, default=0.5, help="Adam's beta1, its momentum (0.5; 0.9 in Keras)")
     return {"batch": 16, "lr": 1e-3, "epochs": 24}  # small batches: more steps for the same time
 
@@ -179,7 +179,7 @@ def train(args, data):
     if not 0 <= args.beta1 < 1:
         user_error(f"--beta1 {args.beta1}: it must be at least 0, and below 1")
     if args.batch == 1:
-        user_error("--batch 1: the BatchNorm in G compares at least two images")
+        user_error("--batch 1: the BatchNorm in G needs at least two images")
     channels, classes = data.images.shape[1], 0 if args.no_labels else len(data.names)
     to_device = {"device": args.device, "memory_format": LAYOUT}  # for faster convolutions
     G = Generator(channels, args.size, classes).to(**to_device)
@@ -191,7 +191,7 @@ def train(args, data):
         return torch.randn(n, Z, device=args.device)
 
     def draw(n):
-        return G(sample_z(n), sample_labels(data, n, args.device)[:, :classes])
+        return G(sample_z(n), sample_labels(data, n, args.device)[:, :classes])  # all, or none
 
     def grid():
         return label_grid(G, sample_z(8), data)
@@ -200,7 +200,7 @@ def train(args, data):
     to_save = {"G": G, "D": D, "opt_G": opt_G, "opt_D": opt_D}
     for log in steps(args, data, draws, to_save, grid if classes else None):
         real, y = sample_batch(data, args.batch, args.device)
-        y = y[:, :classes]  # all of them, or none
+        y = y[:, :classes]
         fake = G(sample_z(args.batch), y)
 
         # D's step. detach() keeps its gradient out of G. A fake comes with the labels that G was
@@ -242,8 +242,8 @@ def parse_labels(text, names):
 def label_draws(args, G, sample_z, data):
     """What --generate draws. Of classes: {class: draw(n)}, for those in --labels, or else for all.
 
-    Of attributes: draw(n). They are those of random real images, but for the ones that --labels
-    sets to 1 or 0. generated/labels.csv tells them, in the form of CelebA's table.
+    Of attributes: draw(n), with those of random real images, but for the ones that --labels sets
+    to 1 or 0. generated/labels.csv lists them as 1 and -1, as CelebA's table does.
     """
     names = data.names
     chosen = parse_labels(args.labels, names) if args.labels else {}
@@ -257,21 +257,21 @@ def label_draws(args, G, sample_z, data):
     y = sample_labels(data, args.generate, args.device)
     for k, value in chosen.items():
         y[:, k] = value
-    folder, left = Path(args.out) / "generated", iter(y)
+    folder, rows = Path(args.out) / "generated", iter(y)
     folder.mkdir(exist_ok=True)
     with open(folder / "labels.csv", "w") as table:
         print("image_id", *names, sep=",", file=table)
         for i, row in enumerate(y.tolist()):
             print(f"{i:05}.png", *(1 if label else -1 for label in row), sep=",", file=table)
-    return lambda n: G(sample_z(n), torch.stack([next(left) for _ in range(n)]))  # the next n rows
+    return lambda n: G(sample_z(n), torch.stack([next(rows) for _ in range(n)]))  # the next n rows
 
 
 def label_grid(G, z, data, columns=None):
     """A picture of what the labels do: (rows, columns, C, size, size), with one z per row.
 
     Classes: one per column, at most 16. Attributes: the first column has labels of real images. In
-    each further column one attribute is flipped, and goes beyond 0 and 1 to show its effect. By
-    default these are the eight that half of the images have, or nearly: G learns little about
+    each further column one attribute is flipped and exaggerated: 0 becomes 2, and 1 becomes -1.
+    columns says which, by default the eight whose frequency is nearest to 1/2: G learns little of
     rare ones. y holds the labels of all these images (rows, columns, K).
     """
     classes = len(data.names)

@@ -149,7 +149,7 @@ def g_loss(fake_logits):
 
 
 def add_arguments(parser):
-    """Set this paper's defaults and flags. Return the defaults that differ on cartoon faces."""
+    """Set this script's defaults and flags. Return the defaults that differ on cartoon faces."""
     parser.set_defaults(lr=2e-4, batch=64, epochs=25)
     parser.epilog = "--lr is the paper's."
     add = parser.add_argument
@@ -184,7 +184,7 @@ def train(args, data):
         fake = G(sample_z(args.batch))
 
         # D's step. detach() keeps its gradient out of G. Real and fake images are separate batches:
-        # in a mixed one, BatchNorm would show D other values than in G's step, of fakes alone.
+        # in a mixed one, BatchNorm gives other values than in G's step, where all are fakes.
         real_logits, fake_logits = D(real), D(fake.detach())
         loss_D = d_loss(real_logits, fake_logits)
         opt_D.zero_grad()

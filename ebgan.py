@@ -10,7 +10,7 @@ fake, which is more than one probability can tell.
 
     D(x) = mean over pixels of (Dec(Enc(x)) - x)^2                the energy, one for each image
     L_D = E[D(x)] + E[max(0, m - D(G(z)))]                        Eq. 1; max(0, .) is a hinge
-    L_G = E[D(G(z))] + 0.1 PT                                     Eq. 2, and Sec. 2.4
+    L_G = E[D(G(z))] + 0.1 PT                                     Eq. 2; PT is the pull-away term
     PT = 1 / (N (N - 1)) sum over i != j of cos(S_i, S_j)^2       Sec. 2.4, S_i = Enc(G(z_i))
 
 In a mode collapse all fakes are alike, and the codes S of a batch of N of them point the same way.
@@ -19,16 +19,17 @@ Then the pull-away term PT is 1. It is 0 if all codes are at right angles, so G 
 Changes from dcgan.py:
   - D is an autoencoder, with biases; it returns energies, and the codes that PT needs
   - the losses: a margin (--margin) and the pull-away term (--pull-away) in place of logits
-  - z is uniform in [-1, 1]; batches have at least 2 images, for PT; no --g-steps
+  - z is uniform in [-1, 1]; batches have at least 2 images, for PT
+  - no --g-steps, --init-std, --beta1
   - D(x) and D(G(z)) in losses.csv are mean energies; pull_away is PT
 
 Differs from the paper:
   - the energy is a mean square, the paper's a Euclidean norm. Its margin of 20 for CelebA at 64 px
-    is 20^2 / (64 * 64 * 3) = 0.033 here, at any image size. PT weighs more beside our energy: a
-    third of L_G on photographs of faces, and less than 0.5 % beside the norm
+    is 20^2 / (64 * 64 * 3) = 0.033 here, and a mean fits any size. PT weighs more here: it is a
+    third of L_G on photographs of faces; beside the norm it would be less than 0.5 %
   - G and the learning rate are dcgan.py's
-  - as in dcgan.py, D's fakes serve G's step, too; batches are drawn with replacement; pictures are
-    made with BatchNorm's running averages
+  - as in dcgan.py, both steps use the same fakes, batches are drawn with replacement, and pictures
+    are made with BatchNorm's running averages
   - z is as in the code of C. Fabbri, "A Comparative Study of GANs Towards Automatic Image
     Colorization", 2017. His report has images, not codes, for S. His code has a learning rate of
     1e-3 and two slips: the cosine is not squared, which rewards opposite codes, and there is one
@@ -36,7 +37,7 @@ Differs from the paper:
 
 Try (what happens stands in README.md):
   - --pull-away 0: how high does the column pull_away rise, and does it come down again?
-  - --margin 1: what do D(x) and D(G(z)) become? Whom does D serve now?
+  - --margin 1: what do D(x) and D(G(z)) become? Which term of L_D wins?
   - images.detach() in the energy: D learns as before. Does D(G(z)) still fall?
 
     python ebgan.py                                      # cartoon faces, on a CPU, no download
@@ -102,7 +103,7 @@ class Discriminator(nn.Module):
     """An autoencoder. Images (B, C, size, size) in [-1, 1] -> energies (B,), codes (B, M).
 
     A code has M = 4 width (size / 8)^2 numbers; at width 64 these are more than an image has. So D
-    could copy any image. It is the margin that makes it copy fakes badly. Shapes are for 64 px.
+    could copy any image. It is the margin that makes it copy fakes badly. Shapes: 64 px, width 64.
     """
 
     def __init__(self, channels, width):
@@ -173,9 +174,9 @@ def pull_away(codes):
 
 
 def add_arguments(parser):
-    """Set this paper's defaults and flags. Return the defaults that differ on cartoon faces."""
+    """Set this script's defaults and flags. Return the defaults that differ on cartoon faces."""
     parser.set_defaults(lr=2e-4, batch=64, epochs=25)
-    parser.epilog = "--margin and --pull-away are the paper's, the rest dcgan.py's but for cartoon."
+    parser.epilog = "--margin, --pull-away are the paper's, the rest dcgan.py's, except on cartoon."
     add = parser.add_argument
     add("--width", type=int, default=64, help="number of feature maps next to the image (64)")
     add("--margin", type=float, default=0.033, help="m, the margin of the energies (0.033)")
@@ -205,7 +206,7 @@ def train(args, data):
         fake = G(sample_z(args.batch))
 
         # D's step. detach() keeps its gradient out of G. Real and fake images are separate batches:
-        # in a mixed one, BatchNorm would show D other values than in G's step, of fakes alone.
+        # in a mixed one, BatchNorm gives other values than in G's step, where all are fakes.
         (real_energies, _), (fake_energies, _) = D(real), D(fake.detach())
         loss_D = d_loss(real_energies, fake_energies, args.margin)
         opt_D.zero_grad()

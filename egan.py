@@ -23,7 +23,8 @@ about 0.27, and one hard edge 0.03 at 64 px (0.06 at 32 px). On CelebA, with --a
 shortens and beards grow as c rises. The face stays, even up to c = 2, which was never in training.
 
 Changes from dcgan.py:
-  - the input w, with z uniform in [-1, 1]; l_rep in L_G; two steps of G for each step of D
+  - the input w, with z uniform in [-1, 1]; l_rep in L_G; two steps of G for each step of D;
+    no --init-std, --beta1
   - --attribute chooses what c controls. With --extractor pretrain a label's CNN is trained first,
     for as many epochs as the GAN; with joint, it makes one step in each step of the GAN
   - pictures: each row has its own z, and from left to right c rises from 0 to --sweep
@@ -200,7 +201,7 @@ def rep_loss(extractor_logits, c):
 
 
 def add_arguments(parser):
-    """Set this paper's defaults and flags. Return the defaults that differ on cartoon faces."""
+    """Set this script's defaults and flags. Return the defaults that differ on cartoon faces."""
     parser.set_defaults(lr=2e-4, batch=64, epochs=25)
     parser.epilog = "Zhou's are --lr, --batch, --rep and, with pretrain, --epochs."
     add = parser.add_argument
@@ -329,7 +330,7 @@ def train(args, data):
         fake = G(w)
 
         # D's step. detach() keeps its gradient out of G. Real and fake images are separate batches:
-        # in a mixed one, BatchNorm would show D other values than in G's step, of fakes alone.
+        # in a mixed one, BatchNorm gives other values than in G's step, where all are fakes.
         real_logits, fake_logits = D(real), D(fake.detach())
         loss_D = d_loss(real_logits, fake_logits)
         opt_D.zero_grad()

@@ -27,7 +27,7 @@ derivative of the other is D(G(z)) - 1, nearly -1 there. Both losses have the sa
 
 Differs from the paper:
   - LeakyReLU in D; the paper's D has dropout and maxout, the largest of several linear functions
-  - Adam with a momentum of beta1 = 0.5, which later papers found to work, not SGD
+  - Adam with beta1 = 0.5, as in later papers; the paper has SGD with momentum
   - pixels are in [-1, 1], so G ends in tanh; the paper's are in [0, 1], from a sigmoid
   - D returns logits: log(sigmoid(logit)) would be log(0) = -inf where a logit is very negative
   - G's step uses the same fakes as D's step, which saves a pass through G; the paper draws new z
@@ -37,8 +37,8 @@ Differs from the paper:
 
 Try (what happens stands in README.md):
   - --saturating: how large is D(G(z)) after 300 steps? What does G learn from that?
-  - log(sigmoid(logit)), not softplus (see d_loss), --lr 2e-2 --steps 10: which number breaks first?
-  - remove detach(): what error? With backward(retain_graph=True), do results differ? And the time?
+  - d_loss with torch.log(torch.sigmoid()), --lr 2e-2 --steps 10: which number breaks first?
+  - remove detach(): what error? With retain_graph=True in D's backward(): same losses? Same time?
 
     python gan_mlp.py                                # cartoon faces, on a CPU, no download
     python gan_mlp.py --data mnist                   # digits
@@ -123,7 +123,7 @@ def g_loss(fake_logits, saturating=False):
 
 
 def add_arguments(parser):
-    """Set this paper's defaults and flags. Return the defaults that differ on cartoon faces."""
+    """Set this script's defaults and flags. Return the defaults that differ on cartoon faces."""
     parser.set_defaults(lr=5e-4, batch=32, epochs=50)
     parser.epilog = "--batch is that of Fabbri's code."
     parser.add_argument("--saturating", action="store_true", help="G's loss as in Eq. 1")

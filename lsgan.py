@@ -11,7 +11,7 @@ gradient as large as its distance from it.
     L_D = 1/2 E[(D(x) - b)^2] + 1/2 E[(D(G(z)) - a)^2]    Eq. 2
     L_G = 1/2 E[(D(G(z)) - c)^2]                          Eq. 2
 
-By default a = 0 and b = c = 1: D says 1 for real and 0 for fake, and G wants a 1 (Eq. 9). With
+By default a = 0 and b = c = 1: D says 1 for real and 0 for fake, and G wants 1 (Eq. 9). With
 a = -1, b = 1 and c = 0 (Eq. 8), G minimises a known measure of how much the fakes' distribution
 differs from the data's, the Pearson chi^2 divergence (Sec. 3.2). Nearly all else is DCGAN's.
 
@@ -19,15 +19,15 @@ Changes from dcgan.py:
   - the losses: squares of D's outputs, which are scores and not logits
   - D's last weights begin ten times smaller, so that scores begin near 0. With dcgan.py's start
     they began up to 4 away from it at 64 px, and jumped from one side of G's target to the other.
-    G was told to go up, then down, and drew noise for 400 to 3,000 steps
-  - --labels sets a, b and c; no --g-steps
+    G had to raise its scores, then to lower them, and drew noise for 400 to 3,000 steps
+  - --labels sets a, b and c; no --g-steps, --init-std, --beta1
   - D(x) and D(G(z)) in losses.csv are mean scores, not probabilities
 
 Differs from the paper:
   - the networks, z and the learning rate are dcgan.py's, so that the diff is mainly the loss.
     The paper's G has further layers of stride 1, and its z 1024 numbers; its images have 112 px
-  - as in dcgan.py, D's fakes serve G's step, too; batches are drawn with replacement; pictures are
-    made with BatchNorm's running averages
+  - as in dcgan.py, both steps use the same fakes, batches are drawn with replacement, and pictures
+    are made with BatchNorm's running averages
   - C. Fabbri, "A Comparative Study of GANs Towards Automatic Image Colorization", 2017, trained an
     LSGAN on LSUN's churches. His code, not his report, has a learning rate of 1e-3. By a slip, its
     D does not return scores but the 512 feature maps of its last LeakyReLU
@@ -143,9 +143,9 @@ def g_loss(fake_scores, c):
 
 
 def add_arguments(parser):
-    """Set this paper's defaults and flags. Return the defaults that differ on cartoon faces."""
+    """Set this script's defaults and flags. Return the defaults that differ on cartoon faces."""
     parser.set_defaults(lr=2e-4, batch=64, epochs=25)
-    parser.epilog = "--labels are the paper's, the rest dcgan.py's but for cartoon."
+    parser.epilog = "--labels are the paper's, the rest dcgan.py's, except on cartoon."
     add = parser.add_argument
     add("--width", type=int, default=64, help="number of feature maps next to the image (64)")
     add("--labels", type=float, nargs=3, default=[0, 1, 1], help="a, b and c (0 1 1)")
@@ -174,7 +174,7 @@ def train(args, data):
         fake = G(sample_z(args.batch))
 
         # D's step. detach() keeps its gradient out of G. Real and fake images are separate batches:
-        # in a mixed one, BatchNorm would show D other values than in G's step, of fakes alone.
+        # in a mixed one, BatchNorm gives other values than in G's step, where all are fakes.
         real_scores, fake_scores = D(real), D(fake.detach())
         loss_D = d_loss(real_scores, fake_scores, a, b)
         opt_D.zero_grad()

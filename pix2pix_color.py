@@ -32,6 +32,7 @@ Changes from dcgan.py:
   - the losses. L_D is halved (Sec. 3.3). wgan has RMSprop, several D steps for one of G, and clips
     D's weights, as wgan.py does. Layers without BatchNorm, and all of the autoencoder, have biases
   - RGB becomes Lab and back, and half of the training images are mirrored
+  - no --g-steps, --init-std, --beta1
   - 64 images are never trained on. Pictures show them in triples: grey, coloured, true. losses.csv
     measures them. L1 is the mean error of a and b, and L1/grey divides it by that of a grey guess.
     PSNR tells how small the error of RGB is, in dB: more is better. chroma, the mean of
@@ -292,7 +293,7 @@ def clip(D, c):
 
 
 def add_arguments(parser):
-    """Set this paper's defaults and flags. Return the defaults that differ on cartoon faces."""
+    """Set this script's defaults and flags. Return the defaults that differ on cartoon faces."""
     parser.set_defaults(size=128, batch=16, epochs=8)
     parser.epilog = ("--lr is 2e-4, with wgan 5e-5. These, --clip, --critic-steps, --l1 and (for "
                      "gan) --adversarial-weight are the papers'; --epochs is Fabbri's.")
@@ -340,7 +341,7 @@ def train(args, data):
             fake = G(x)
 
             # D's step. detach() keeps its gradient out of G. Reals and fakes are separate batches:
-            # in a mixed one, BatchNorm would show D other values than in G's step, of fakes alone.
+            # in a mixed one, BatchNorm gives other values than in G's step, where all are fakes.
             d_real, d_fake = D(x, y), D(x, fake.detach())
             loss_D = d_loss(d_real, d_fake, args.adversarial, args.margin)
             opt_D.zero_grad()

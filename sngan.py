@@ -11,7 +11,7 @@ divides W by it.
     W_SN = W / sigma(W)           Eq. 8; a convolution's W is taken as a matrix (out, in * 4 * 4)
     L_D = -E[log D(x)] - E[log(1 - D(G(z)))]                      as in dcgan.py
     L_G = -E[log D(G(z))]                                         as in dcgan.py
-    PixelNorm(x) = x / sqrt(mean over channels of x^2 + 1e-8)     ProGAN, Sec. 4.2
+    PixelNorm(x) = x / sqrt(mean over channels of x^2 + 1e-8)     Sec. 4.2 of ProGAN, see below
 
 Pixel norm keeps G's signals in range without BatchNorm. The minibatch standard deviation (ProGAN,
 Sec. 3) tells D how much the images of a batch differ, so that D can see a mode collapse: a G that
@@ -23,21 +23,22 @@ Changes from dcgan.py:
   - G: pixel norm, LeakyReLU, a linear layer from z to 4x4 maps; the last convolution keeps the size
   - D: minibatch standard deviation, the mean over the 2x2 maps, dropout 0.4, a linear layer
   - D's features are doubled after each LeakyReLU (GAIN)
-  - width 128 everywhere, orthogonal initial weights, z of 128 numbers, 100 epochs; no --g-steps
+  - width 128 everywhere, orthogonal initial weights, z of 128 numbers, 100 epochs
+  - no --g-steps, --init-std, --beta1
 
 Differs from the papers:
   - GAIN is ours. Spectral norm and LeakyReLU about halve typical features at every layer. Without a
     gain D's logits are nearly 0: on faces, D(x) - D(G(z)) was 0.01, and G learned little. The usual
-    gain (He et al. 2015) is 1.4. D's slope stays bounded: the bound is GAIN to the power of the
-    number of layers, times what it was
+    gain (He et al. 2015) is 1.4. With n convolutions it makes the bound on D's slope GAIN^n times
+    as high. (D's linear layer, without spectral norm, has no bound)
   - Miyato et al. have spectral norm in D alone, there in all layers, and a hinge loss, in which
     max(0, 1 - logit) replaces -log D. Here spectral norm is in G too, and not in linear layers, as
     in the report of Espis and Potrimba
   - linear layers start as PyTorch has it; in Keras, which the report uses, the weights of D's last
-    layer begin 2.4 times as large. The report does not say which Inception gave its FID of 11.21
-  - the report's code reshapes the kernel without transposing it. Its sigma is then that of another
-    matrix, which need not bound D: 1.235 where the right one is 1.000 (orthogonal start, 128
-    channels). That its D was therefore stronger than a correct copy's is inferred, not measured
+    layer begin 2.4 times as large. Its FID of 11.21 (see fid.py) is by an Inception without a name
+  - the report's code flattens Keras' kernel (4, 4, in, out) to (out, -1) without transposing it.
+    Its sigma is that of another matrix: 1.235 where the right one is 1.000 (orthogonal start, 128
+    channels). In training it may become too small, and then it does not bound D
   - sigma bounds the matrix; the convolution applies it to overlapping patches, and may stretch more
   - D makes one step on 64 real and 64 fake images; in the report's code two, on 32 of each
   - batches are drawn with replacement; the report's epochs go through all images once
@@ -45,7 +46,7 @@ Differs from the papers:
 
 Try (what happens stands in README.md):
   - GAIN = 1: how far apart are D(x) and D(G(z)), and how far is loss_D from 1.386?
-  - delete PixelNorm() in G: what happens to spread in the first rows?
+  - delete PixelNorm() in G: what happens to spread (do fakes differ?) in losses.csv's first rows?
   - 0 * stddev in MinibatchStddev (an ablation): is there a difference? When would there be one?
 
     python sngan.py                                   # cartoon faces, on a CPU, no download
@@ -184,7 +185,7 @@ def g_loss(fake_logits):
 
 
 def add_arguments(parser):
-    """Set this paper's defaults and flags. Return the defaults that differ on cartoon faces."""
+    """Set this script's defaults and flags. Return the defaults that differ on cartoon faces."""
     parser.set_defaults(lr=2e-4, batch=64, epochs=100)
     parser.epilog = "All defaults are those of Espis and Potrimba (2020)."
     add = parser.add_argument

@@ -21,7 +21,8 @@ says the paper). WGAN-GP penalises steep slopes instead (Gulrajani et al. 2017, 
 
 Changes from dcgan.py:
   - the losses: means of D's outputs, which are scores and not logits
-  - D makes --critic-steps steps for one step of G, each step on new images; no --g-steps
+  - D makes --critic-steps steps for one step of G, each step on new images
+  - no --g-steps, --init-std, --beta1
   - D's weights are clipped after each of its steps (--clip)
   - RMSprop with learning rate 5e-5: Adam's momentum made training unstable, says the paper
   - losses.csv has W in place of D(x) and D(G(z))
@@ -154,7 +155,7 @@ def clip(D, c):
 
 
 def add_arguments(parser):
-    """Set this paper's defaults and flags. Return the defaults that differ on cartoon faces."""
+    """Set this script's defaults and flags. Return the defaults that differ on cartoon faces."""
     parser.set_defaults(lr=5e-5, batch=64, epochs=25)
     parser.epilog = "--lr, --batch, --clip and --critic-steps are the paper's."
     add = parser.add_argument
@@ -186,7 +187,7 @@ def train(args, data):
             fake = G(sample_z(args.batch))
 
             # D's step. detach() keeps its gradient out of G. Reals and fakes are separate batches:
-            # in a mixed one, BatchNorm would show D other values than in G's step, of fakes alone.
+            # in a mixed one, BatchNorm gives other values than in G's step, where all are fakes.
             real_scores, fake_scores = D(real), D(fake.detach())
             loss_D = d_loss(real_scores, fake_scores)
             opt_D.zero_grad()
