@@ -131,9 +131,10 @@ def main():
             judges[key] = classifier(real, args.device)
             with torch.no_grad():
                 logits = judges[key](test.images.to(args.device) / 127.5 - 1)
-            found = right(logits, test.labels.to(args.device).float())
+            columns = [real.names.index(name) for name in test.names]  # those that it has
+            found = right(logits[:, columns], test.labels.to(args.device).float())
             print(f"the classifier, on {len(test.images):,} test images of {args.data}:")
-            say(real.names, found.tolist())
+            say(test.names, found.tolist())
         print(out)
         torch.manual_seed(1)
         (swept if hasattr(module, "sweep") else conditional)(run, judges[key])
