@@ -8,8 +8,8 @@ first images of that picture. Its rows follow each other if it has eight columns
 means something (cgan: a class in each column; egan: c rises; pix2pix_color: grey, coloured, true),
 and the first row alone is shown. A picture that is no such grid is one image.
 
-The file has at most --kilobytes. If it would have more, it gets 256 colours, and then its images
-become smaller until it fits. Its size is printed.
+The file has at most --kilobytes. If it would have more, a .png gets 256 colours, and then images
+become smaller until it fits. Its size is printed. A .jpg suits photographs: they stay larger.
 """
 
 import argparse
@@ -69,7 +69,7 @@ def draw_sheet(rows, side, margin):
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("file", help="what to write, a .png")
+    parser.add_argument("file", help="what to write, a .png or .jpg")
     parser.add_argument("rows", nargs="+", metavar="NAME=RUN")
     parser.add_argument("--images", type=int, default=12, help="in a row (12)")
     parser.add_argument("--side", type=int, default=64, help="height of an image (64)")
@@ -80,8 +80,9 @@ def main():
     rows = [(name, read_row(place, asked.images)) for name, _, place in rows]
     for side in range(asked.side, 15, -4):
         sheet = draw_sheet(rows, side, asked.margin)
-        for image in (sheet, sheet.quantize(256, dither=Image.Dither.NONE)):
-            image.save(asked.file, optimize=True)
+        fewer = [] if asked.file.endswith("jpg") else [sheet.quantize(256, dither=0)]
+        for image in [sheet, *fewer]:
+            image.save(asked.file, optimize=True, quality=90)
             size = Path(asked.file).stat().st_size / 1000
             if size <= asked.kilobytes:
                 return print(f"{asked.file}: {image.width} x {image.height} pixels, images of "
