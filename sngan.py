@@ -29,7 +29,7 @@ Changes from dcgan.py:
 Differs from the papers:
   - GAIN is ours. Spectral norm and LeakyReLU about halve typical features at every layer. Without a
     gain D's logits are nearly 0: on faces, D(x) - D(G(z)) was 0.01, and G learned little. The usual
-    gain (He et al. 2015) is 1.4. With n convolutions it makes the bound on D's slope GAIN^n times
+    gain (He et al. 2015) is 1.4. The bound on the slope of D's n convolutions becomes GAIN^n times
     as high. (D's linear layer, without spectral norm, has no bound)
   - Miyato et al. have spectral norm in D alone, there in all layers, and a hinge loss, in which
     max(0, 1 - logit) replaces -log D. Here spectral norm is in G too, and not in linear layers, as
@@ -38,7 +38,7 @@ Differs from the papers:
     layer begin 2.4 times as large. Its FID of 11.21 (see fid.py) is by an Inception without a name
   - the report's code flattens Keras' kernel (4, 4, in, out) to (out, -1) without transposing it.
     Its sigma is that of another matrix: 1.235 where the right one is 1.000 (orthogonal start, 128
-    channels). In training it may become too small, and then it does not bound D
+    channels). In training it may become too small (not measured); then it does not bound D
   - sigma bounds the matrix; the convolution applies it to overlapping patches, and may stretch more
   - D makes one step on 64 real and 64 fake images; in the report's code two, on 32 of each
   - batches are drawn with replacement; the report's epochs go through all images once
