@@ -36,8 +36,8 @@ Changes from sngan.py:
 
 Differs from the papers:
   - the paper has BatchNorm, and a G and a D for each 10 of ImageNet's classes
-  - as in sngan.py, D's features are doubled after each LeakyReLU (GAIN). Otherwise D's outputs were
-    nearly 0, and G drew no faces. (sngan.py says more of spectral norm and linear layers.)
+  - as in sngan.py, D's features are doubled after each LeakyReLU (GAIN). Otherwise D's outputs stay
+    nearly 0, and G learns slowly. (sngan.py says more of spectral norm and linear layers.)
   - the report's D has one convolution less, and its G no spectral norm in the third doubling. It
     does not say which network's features gave its FID of 19.42 (see fid.py)
   - the report prints a softmax over the 40 attributes. It sums to 1, and can say at most 1/k to

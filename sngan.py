@@ -28,9 +28,9 @@ Changes from dcgan.py:
 
 Differs from the papers:
   - GAIN is ours. Spectral norm and LeakyReLU about halve typical features at every layer. Without a
-    gain D's logits are nearly 0: on faces, D(x) - D(G(z)) was 0.01, and G learned little. The usual
-    gain (He et al. 2015) is 1.4. The bound on the slope of D's n convolutions becomes GAIN^n times
-    as high. (D's linear layer, without spectral norm, has no bound)
+    gain D's logits stay nearly 0: on faces, D(x) - D(G(z)) was 0.01, and G learned slowly. The
+    usual gain (He et al. 2015) is 1.4. The bound on the slope of D's n convolutions becomes GAIN^n
+    times as high. (D's linear layer, without spectral norm, has no bound)
   - Miyato et al. have spectral norm in D alone, there in all layers, and a hinge loss, in which
     max(0, 1 - logit) replaces -log D. Here spectral norm is in G too, and not in linear layers, as
     in the report of Espis and Potrimba
