@@ -16,10 +16,10 @@ If every image has one label, its class, P is a softmax over the classes. Attrib
 smiling, young, ...) do not exclude each other: each has a sigmoid, and log P is the mean over them.
 
 Watch acc(x) and acc(G(z)), how often the second head is right on real and fake images; acc(guess)
-is for always guessing the more frequent value. Only once acc(x) exceeds that, G can learn.
+is for always guessing the more frequent value. acc(x) above that: D has something to teach.
 
 In the networks, spectral norm (arXiv 1802.05957) divides a convolution's weights, as a matrix, by
-the largest singular value, the most that it stretches any vector: this bounds D's slope. Pixel norm
+the largest singular value, the most that it stretches any vector: this limits D's slope. Pixel norm
 (arXiv 1710.10196) divides a pixel's features by their root mean square. The minibatch deviation
 (same paper) tells D how much the images of a batch differ, so that D can see a mode collapse.
 
@@ -48,7 +48,7 @@ Differs from the papers:
   - --aux is 10, not 1: a mean over 40 attributes leaves little to each
   - fakes' attributes are independent, each as frequent as in the data. The report does not tell
     how it draws them; its code flips fair coins, which give 20 of 40 (a face has about 9). With
-    whole rows of real labels, Male never comes with lipstick, and flipping it alone changed less
+    whole rows of real labels, men hardly ever have lipstick, and flipping Male changed less
   - D makes one step on 64 real and 64 fake images, drawn with replacement; the report's code makes
     two, on 32 of each, and its epochs go through all images once
 

@@ -20,12 +20,12 @@ Convolutional GANs were hard to train. DCGAN's recipe (Sec. 3 and 4) works:
     training was unstable with the usual 0.9
 
 Changes from gan_mlp.py:
-  - the networks and their initial weights; --width scales them; z is normal
+  - the networks (not for 28 px) and their initial weights; --width scales them; z is normal
   - batches of 64, learning rate 2e-4, 25 epochs; --g-steps, --init-std, --beta1; no --saturating
 
 Differs from the paper:
   - kernels are 4x4, not 5x5. In a transposed convolution each input pixel adds a kernel. If its
-    size is divisible by the stride, all pixels get equally many: no checkerboard artefacts
+    size is divisible by the stride, inner pixels get equally many: fewer checkerboard artefacts
   - --width and --batch are 64, not 128; z is from N(0, 1), not uniform
   - D returns logits, D(x) is their sigmoid: for a very negative one, log(sigmoid) would be -inf
   - G's first step uses the same fakes as D's step, which saves a pass through G

@@ -10,7 +10,7 @@ fake, which is more than one probability can tell.
 
     D(x) = mean over pixels of (Dec(Enc(x)) - x)^2                the energy, one for each image
     L_D = E[D(x)] + E[max(0, m - D(G(z)))]                        Eq. 1; max(0, .) is a hinge
-    L_G = E[D(G(z))] + 0.1 PT                                     Eq. 2; PT is the pull-away term
+    L_G = E[D(G(z))] + 0.1 PT                          Eq. 2, and the pull-away term PT (App. F)
     PT = 1 / (N (N - 1)) sum over i != j of cos(S_i, S_j)^2       Sec. 2.4, S_i = Enc(G(z_i))
 
 In a mode collapse all fakes are alike, and the codes S of a batch of N of them point the same way.
@@ -27,7 +27,7 @@ Differs from the paper:
   - the energy is a mean square, the paper's a Euclidean norm. Its margin of 20 for CelebA at 64 px
     is 20^2 / (64 * 64 * 3) = 0.033 here, and a mean fits any size. PT weighs more here: it is a
     third of L_G on photographs of faces; beside the norm it would be less than 0.5 %
-  - G and the learning rate are dcgan.py's
+  - G, learning rate (but for cartoon) and initial weights (the paper's D: 0.002) are dcgan.py's
   - as in dcgan.py, both steps use the same fakes, batches are drawn with replacement, and pictures
     are made with BatchNorm's running averages
   - z is as in the code of C. Fabbri, "A Comparative Study of GANs Towards Automatic Image

@@ -33,8 +33,8 @@ Changes from dcgan.py:
   - --generate N also draws N such rows, at most 64: sweep-2.png or, with --sweep 5, sweep-5.png
 
 Differs from the paper:
-  - the thesis prints L_D without its minus sign, and its D says how probable it is that an image is
-    fake
+  - the thesis prints L_D without its minus sign; its D says first how probable it is that an image
+    is real, later that it is fake
   - z is uniform in [-1, 1], as in the code that the thesis builds on; the thesis says [0, 1], with
     which G drew the same cartoon face for every z
   - the losses are means, not sums. --rep is 1, as in the thesis, but 5 on the flat cartoon faces

@@ -43,9 +43,9 @@ Differs from Espis and Potrimba:
   - all colours are deformed alike; in the notebook, coloured fringes give a deformed image away
 
     python fid.py celeba runs/dcgan-celeba --split test     # a run's images, after --generate 10000
-    python fid.py pets/dog runs/cgan-pets/generated/dog     # one class alone
+    python fid.py pets/dog runs/cgan-pets/generated/dog --size 64    # one class alone
     python fid.py folder/of/real --save real.npz ; python fid.py real.npz folder/of/fakes
-    python fid.py cartoon runs/dcgan-cartoon --quality-index
+    python fid.py celeba runs/dcgan-celeba --quality-index
 """
 
 import argparse

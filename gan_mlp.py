@@ -31,7 +31,7 @@ Differs from the paper:
   - pixels are in [-1, 1], so G ends in tanh; the paper's are in [0, 1], from a sigmoid
   - D returns logits: log(sigmoid(logit)) would be log(0) = -inf where a logit is very negative
   - G's step uses the same fakes as D's step, which saves a pass through G; the paper draws new z
-  - batches are drawn with replacement; the paper's epochs go through all images once
+  - batches are drawn with replacement; the paper's code goes through all images once an epoch
   - layers, z and batches are those of the code of C. Fabbri, "A Comparative Study of GANs Towards
     Automatic Image Colorization", 2017: z is uniform. His report has N(0, 1), and no sizes
 

@@ -12,8 +12,8 @@ gradient as large as its distance from it.
     L_G = 1/2 E[(D(G(z)) - c)^2]                          Eq. 2
 
 By default a = 0 and b = c = 1: D says 1 for real and 0 for fake, and G wants 1 (Eq. 9). With
-a = -1, b = 1 and c = 0 (Eq. 8), G minimises a known measure of how much the fakes' distribution
-differs from the data's, the Pearson chi^2 divergence (Sec. 3.2). Nearly all else is DCGAN's.
+a = -1, b = 1, c = 0 (Eq. 8) and the best D, G minimises the Pearson chi^2 divergence between the
+densities p_data + p_G and 2 p_G, which is 0 only if p_G = p_data (Sec. 3.2).
 
 Changes from dcgan.py:
   - the losses: squares of D's outputs, which are scores and not logits
@@ -24,7 +24,7 @@ Changes from dcgan.py:
   - D(x) and D(G(z)) in losses.csv are mean scores, not probabilities
 
 Differs from the paper:
-  - the networks, z and the learning rate are dcgan.py's, so that the diff is mainly the loss.
+  - networks, z and (but for cartoon) learning rate are dcgan.py's: the diff is mainly the loss.
     The paper's G has further layers of stride 1, and its z 1024 numbers; its images have 112 px
   - as in dcgan.py, both steps use the same fakes, batches are drawn with replacement, and pictures
     are made with BatchNorm's running averages

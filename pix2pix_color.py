@@ -43,19 +43,18 @@ Changes from dcgan.py:
     except where no screen can show the colour
 
 Differs from the paper:
-  - it has ImageNet at 256 px, in batches of 4. Here --size is 128 by default; 64 has fewer layers
+  - it has ImageNet at 256 px, in batches of 4. Here --size is 128 by default, so G is less deep
   - it keeps dropout and BatchNorm's batch statistics when it draws. Here both are off (eval mode),
     so that a photo always gets the same colours
   - D returns logits, and batches are drawn with replacement, as in dcgan.py
   - the fakes of D's last step serve G, as in the paper's code, for wgan too. wgan's score of an
     image is the mean over its patches. ebgan.py's pull-away term is left out
   - Fabbri's report prints G's saturating loss, log(1 - D), and 8 epochs. What follows is from his
-    code. L_D is not halved (the report halves lsgan's). beta1 is 0.9. Photos are cropped at random.
-    By default, G enlarges maps by resizing, and its first layer has no skip connection. wgan has
-    a gradient penalty, and a LeakyReLU on D's output. Grey photos of one set, Places2, are left out
-  - his code trains gan at 1e-4 with L1 and 2e-5 with L2 (8 epochs), lsgan at 1e-4 (4 and 6), ebgan
-    at 1e-3 (1), wgan at 5e-5 (2 and 3). Its weight 1 of L2 is on half a sum, and drowns L_A:
-    that is --l2 batch * size^2, or 262144 for batches of 4 at 256 px
+    code. L_D is halved for lsgan alone. beta1 is 0.9. Photos are cropped at random and G enlarges
+    maps by resizing, except with wgan. G's first layer has no skip connection. On D's output lsgan
+    has a sigmoid, wgan a LeakyReLU; wgan clips at 0.005. Grey photos of one set are left out
+  - his code trains gan and lsgan at 1e-4, wgan at 5e-5. Its weight 1 of L2 is on half a sum, and
+    drowns L_A: that is --l2 batch * size^2, or 262144 for batches of 4 at 256 px
   - its autoencoder does not see x, and its margin of 80 is for another energy. Ours is a mean
     square: 0.013 (CIFAR-10) or 0.02 (CelebA) for a photo that comes back grey. m must be less, or D
     can win by copying all as grey

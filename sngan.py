@@ -19,7 +19,7 @@ draws one image over and over. ProGAN is Karras, Aila, Laine and Lehtinen, "Prog
 of GANs for Improved Quality, Stability, and Variation", 2017, arXiv 1710.10196.
 
 Changes from dcgan.py:
-  - spectral norm in all convolutions of G and D, in place of BatchNorm
+  - spectral norm in all convolutions of G and D, in place of BatchNorm; all layers have biases
   - G: pixel norm, LeakyReLU, a linear layer from z to 4x4 maps; the last convolution keeps the size
   - D: minibatch standard deviation, the mean over the 2x2 maps, dropout 0.4, a linear layer
   - D's features are doubled after each LeakyReLU (GAIN)
@@ -31,9 +31,9 @@ Differs from the papers:
     gain D's logits stay nearly 0: on faces, D(x) - D(G(z)) was 0.01, and G learned slowly. The
     usual gain (He et al. 2015) is 1.4. The bound on the slope of D's n convolutions becomes GAIN^n
     times as high. (D's linear layer, without spectral norm, has no bound)
-  - Miyato et al. have spectral norm in D alone, there in all layers, and a hinge loss, in which
-    max(0, 1 - logit) replaces -log D. Here spectral norm is in G too, and not in linear layers, as
-    in the report of Espis and Potrimba
+  - Miyato et al. have spectral norm in D alone, there in all layers, and besides this loss a hinge
+    loss, in which max(0, 1 - logit) replaces -log D. Here spectral norm is in G too, and not in
+    linear layers, as in the report of Espis and Potrimba
   - linear layers start as PyTorch has it; in Keras, which the report uses, the weights of D's last
     layer begin 2.4 times as large. Its FID of 11.21 (see fid.py) is by an Inception without a name
   - the report's code flattens Keras' kernel (4, 4, in, out) to (out, -1) without transposing it.

@@ -17,11 +17,11 @@ K times the least work: not obvious, a theorem (the Kantorovich-Rubinstein duali
 
 The bound comes from clipping all of D's weights to [-c, c]. Nobody knows which K that makes, so the
 trend of W means something, and its value does not. Clipping is crude ("a clearly terrible way",
-says the paper). WGAN-GP penalises steep slopes instead (Gulrajani et al. 2017, arXiv 1704.00028).
+says the paper). WGAN-GP penalises slopes other than 1 (Gulrajani et al. 2017, arXiv 1704.00028).
 
 Changes from dcgan.py:
   - the losses: means of D's outputs, which are scores and not logits
-  - D makes --critic-steps steps for one step of G, each step on new images
+  - D makes --critic-steps steps for one step of G; each step, G's too, draws new fakes
   - no --g-steps, --init-std, --beta1
   - D's weights are clipped after each of its steps (--clip)
   - RMSprop with learning rate 5e-5: Adam's momentum made training unstable, says the paper
@@ -29,7 +29,7 @@ Changes from dcgan.py:
 
 Differs from the paper:
   - D is clipped before its first step, too, as in the paper's code. Before clipping, gradients are
-    up to 240 times larger, and RMSprop, which divides by a running average of their size, would
+    up to 360 times larger, and RMSprop, which divides by a running average of their size, would
     make too small steps for a thousand steps
   - the paper's code makes 100 steps of D for each of G's first 25 steps and for every 500th
   - --epochs counts G's images; the paper's code counts D's, which are five times as many
