@@ -26,11 +26,11 @@ the largest singular value, the most that it stretches any vector: this limits D
 Changes from sngan.py:
   - G(z, y): the labels are appended to z. D has a second head on the same features, and no dropout
   - the losses of that head, weighted by --aux, on fakes in L_D by --aux-fakes (0)
-  - pictures: one z per row. Of classes there is one per column. Of attributes, a row begins with
-    the labels of a real image. Each further column flips one of them and exaggerates: 0 becomes 2,
-    and 1 becomes -1. --attributes A,B chooses the columns
+  - pictures: one z per row. Classes: one per column. Attributes: the first column has the labels
+    of a real image. Each further one flips one of them, and exaggerates to make it visible: 0
+    becomes 2, and 1 becomes -1. --attributes A,B chooses the columns
   - --generate N draws N images of each class, generated/CLASS/00000.png and so on, which --data can
-    read. --labels A,B chooses classes. Attributes are those of random real images; --labels A,-B
+    read. --labels A,B chooses classes. Attributes come from random real images; --labels A,-B
     sets A to 1 and B to 0. generated/labels.csv lists them as 1 and -1, as CelebA's table does.
     labels.png is the picture above, with N rows, at most 16
 
@@ -52,7 +52,7 @@ Differs from the papers:
   - D makes one step on 64 real and 64 fake images, drawn with replacement; the report's code makes
     two, on 32 of each, and its epochs go through all images once
 
-Try (what happens stands in README.md):
+Try (README.md says what happens):
   - --aux 0: what are acc(x) and acc(G(z))? Do the columns still differ?
   - --aux 1 --aux-fakes 1: which acc rises faster, and do the pictures show the labels?
   - --generate 16 --labels Smiling,Eyeglasses,-Blond_Hair: how many obey? See labels.csv
@@ -102,7 +102,7 @@ class PixelNorm(nn.Module):
 
 
 class MinibatchStddev(nn.Module):
-    """(B, C, H, W) -> (B, C + 1, H, W): one channel more holds the batch's standard deviation."""
+    """(B, C, H, W) -> (B, C + 1, H, W): one channel more, the batch's mean standard deviation."""
 
     def forward(self, x):
         stddev = (x.var(dim=0, unbiased=False) + 1e-8).sqrt().mean()  # over channels and pixels
@@ -329,7 +329,7 @@ def parse_labels(text, names):
 def label_draws(args, G, sample_z, data):
     """What --generate draws. Of classes: {class: draw(n)}, for those in --labels, or else for all.
 
-    Of attributes: draw(n), with those of random real images, but for the ones that --labels sets
+    Of attributes: draw(n), with the labels of random real images, except those that --labels sets
     to 1 or 0. generated/labels.csv lists them as 1 and -1, as CelebA's table does.
     """
     names = data.names

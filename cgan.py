@@ -20,11 +20,11 @@ Changes from dcgan.py:
   - the networks: 5x5 kernels, and two doublings whatever the size is (28 px: from 7x7 maps).
     LeakyReLU in both; in D no BatchNorm, but biases and dropout 0.3; PyTorch's initial weights
   - the fakes of a step get the labels of its real images, so labels are as frequent as in the data
-  - pictures: one z per row. Of classes there is one per column. Of attributes, a row begins with
-    the labels of a real image. Each further column flips one of them and exaggerates: 0 becomes 2,
-    and 1 becomes -1
+  - pictures: one z per row. Classes: one per column. Attributes: the first column has the labels
+    of a real image. Each further one flips one of them, and exaggerates to make it visible: 0
+    becomes 2, and 1 becomes -1
   - --generate N draws N images of each class, generated/CLASS/00000.png and so on, which --data can
-    read. --labels A,B chooses classes. Attributes are those of random real images; --labels A,-B
+    read. --labels A,B chooses classes. Attributes come from random real images; --labels A,-B
     sets A to 1 and B to 0. generated/labels.csv lists them as 1 and -1, as CelebA's table does
   - learning rate 5e-4, batches of 256 (at least 2, for BatchNorm), 150 epochs; sizes up to 64;
     no --width, --g-steps, --init-std
@@ -38,11 +38,11 @@ Differs from the paper:
     His G has two convolutions; ours has a third, of stride 1, before them, and BatchNorm. His D has
     one dropout, before its last layer; ours has one after each convolution
   - z is from N(0, 1); the paper's is uniform in [0, 1]
-  - the paper has SGD with momentum. Marchiori has Adam with 1e-4, and it seems with Keras' beta1 of
+  - the paper has SGD with momentum. Marchiori has Adam with 1e-4, and, it seems, Keras' beta1 of
     0.9 (--lr 1e-4 --beta1 0.9). He reports ten epochs of noise; 5e-4 and 0.5 give clothes sooner
   - batches are drawn with replacement; the report's epochs go through all images once
 
-Try (what happens stands in README.md):
+Try (README.md says what happens):
   - 0 * self.label(y) in D alone: does G still draw what it is told? Compare the columns
   - --no-labels: what can G no longer be asked for?
   - --data mnist, and then --data mnist --generate 8 --labels "7 - seven": how many are sevens?
@@ -242,7 +242,7 @@ def parse_labels(text, names):
 def label_draws(args, G, sample_z, data):
     """What --generate draws. Of classes: {class: draw(n)}, for those in --labels, or else for all.
 
-    Of attributes: draw(n), with those of random real images, but for the ones that --labels sets
+    Of attributes: draw(n), with the labels of random real images, except those that --labels sets
     to 1 or 0. generated/labels.csv lists them as 1 and -1, as CelebA's table does.
     """
     names = data.names

@@ -10,8 +10,8 @@ each other: D to tell them apart, G to have its fakes taken for real. E is the m
     L_G = -E[log D(G(z))]                       Sec. 3 there, the non-saturating loss
 
 Convolutional GANs were hard to train. DCGAN's recipe (Sec. 3 and 4) works:
-  - no pooling: D halves its feature maps by convolutions of stride 2, and G doubles its maps by the
-    reverse, transposed convolutions
+  - no pooling: D halves the sides of its feature maps by convolutions of stride 2, and G doubles
+    them by the reverse, transposed convolutions
   - no hidden linear layers: from z to 4x4 maps, and from 4x4 maps to one number, by convolution
   - BatchNorm in G and D: over a batch, each map gets mean 0 and variance 1, which keeps signals in
     range; not on G's output and D's input, where it made training oscillate
@@ -20,26 +20,26 @@ Convolutional GANs were hard to train. DCGAN's recipe (Sec. 3 and 4) works:
     training was unstable with the usual 0.9
 
 Changes from gan_mlp.py:
-  - the networks (not for 28 px) and their initial weights; --width scales them; z is normal
+  - the networks (sizes are powers of 2), their initial weights; --width scales them; z is normal
   - batches of 64, learning rate 2e-4, 25 epochs; --g-steps, --init-std, --beta1; no --saturating
 
 Differs from the paper:
-  - kernels are 4x4, not 5x5. In a transposed convolution each input pixel adds a kernel. If its
-    size is divisible by the stride, inner pixels get equally many: fewer checkerboard artefacts
+  - kernels are 4x4, not 5x5. In a transposed convolution each input pixel adds a kernel to the
+    output. If the stride divides its size, these overlap evenly: fewer checkerboard artefacts
   - --width and --batch are 64, not 128; z is from N(0, 1), not uniform
   - D returns logits, D(x) is their sigmoid: for a very negative one, log(sigmoid) would be -inf
   - G's first step uses the same fakes as D's step, which saves a pass through G
   - batches are drawn with replacement; the paper's epochs go through all images once
-  - pictures are drawn in eval mode: BatchNorm has averages of its past batches, so that an image
+  - pictures are drawn in eval mode: BatchNorm uses averages of past batches, so that an image
     depends on its own z alone
   - Benedetti, "From Artificial Intelligence to Artificial Art: Deep Learning with GANs", thesis,
     University of Bologna, 2019, has these networks. He writes that weights and BatchNorm's scales
     start with a standard deviation of 0.2 (--init-std 0.2; scales keep 0.02 here). He resizes to a
-    square; here it is cut out. He expects D(x) and D(G(z)) near 0.5; ours were 0.8 and 0.2
+    square; here one is cut out. He expects D(x) and D(G(z)) near 0.5; ours were 0.8 and 0.2
 
-Try (what happens stands in README.md):
+Try (README.md says what happens):
   - --beta1 0.9, or --init-std 0.2: compare samples/000000.png, and the pictures of step 250
-  - in D's step, D(torch.cat([real, fake.detach()])).chunk(2): why is loss_G 0? Mend G's step
+  - in D's step, D(torch.cat([real, fake.detach()])).chunk(2): why is loss_G 0? Fix G's step
 
     python dcgan.py                                   # cartoon faces, on a CPU, no download
     python dcgan.py --data celeba                     # photographs of faces
@@ -80,7 +80,7 @@ class Generator(nn.Sequential):
     """z (B, 100) -> images (B, C, size, size) in [-1, 1]. Shapes are for 64 px and width 64."""
 
     def __init__(self, channels, size, width):
-        # Channels of the maps, from those of 4x4 pixels on: half as many at each doubling.
+        # Channels of the maps, from those of 4x4 pixels on: half as many when sides double.
         n = [width * 2**i for i in range(int(math.log2(size)) - 2)][::-1]  # 512, 256, 128, 64
         layers = [
             nn.Unflatten(1, (Z, 1, 1)),  # (B, 100, 1, 1)
@@ -124,7 +124,7 @@ class Discriminator(nn.Sequential):
 
 
 def init_weights(module, std=0.02):
-    """As in DCGAN: weights from N(0, 0.02^2), BatchNorm's scales from N(1, 0.02^2)."""
+    """As in DCGAN: weights from N(0, std^2), BatchNorm's scales from N(1, 0.02^2)."""
     if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
         nn.init.normal_(module.weight, mean=0, std=std)
     elif isinstance(module, nn.BatchNorm2d):

@@ -8,13 +8,13 @@ real images a low energy, and fakes a high one, up to a margin m: a fake above t
 alone. G learns to make fakes of low energy. The error of every pixel says what is wrong with a
 fake, which is more than one probability can tell.
 
-    D(x) = mean over pixels of (Dec(Enc(x)) - x)^2                the energy, one for each image
+    D(x) = mean over pixels and channels of (Dec(Enc(x)) - x)^2   the energy, one for each image
     L_D = E[D(x)] + E[max(0, m - D(G(z)))]                        Eq. 1; max(0, .) is a hinge
-    L_G = E[D(G(z))] + 0.1 PT                          Eq. 2, and the pull-away term PT (App. F)
+    L_G = E[D(G(z))] + 0.1 PT                                     Eq. 2; PT: pull-away term (App. F)
     PT = 1 / (N (N - 1)) sum over i != j of cos(S_i, S_j)^2       Sec. 2.4, S_i = Enc(G(z_i))
 
-In a mode collapse all fakes are alike, and the codes S of a batch of N of them point the same way.
-Then the pull-away term PT is 1. It is 0 if all codes are at right angles, so G makes them differ.
+In a mode collapse all N fakes of a batch are alike, and their codes S_i point the same way: the
+pull-away term PT is 1. It is 0 if all codes are at right angles, so G makes fakes that differ.
 
 Changes from dcgan.py:
   - D is an autoencoder, with biases; it returns energies, and the codes that PT needs
@@ -25,9 +25,9 @@ Changes from dcgan.py:
 
 Differs from the paper:
   - the energy is a mean square, the paper's a Euclidean norm. Its margin of 20 for CelebA at 64 px
-    is 20^2 / (64 * 64 * 3) = 0.033 here, and a mean fits any size. PT weighs more here: it is a
-    third of L_G on photographs of faces; beside the norm it would be less than 0.5 %
-  - G, learning rate (but for cartoon) and initial weights (the paper's D: 0.002) are dcgan.py's
+    is 20^2 / (64 * 64 * 3) = 0.033 here, for any image size. PT weighs more here: it is a third of
+    L_G on photographs of faces; with the norm as energy it would be less than 0.5 %
+  - G, learning rate (but for cartoon), initial weights (std 0.002 in the paper's D) are dcgan.py's
   - as in dcgan.py, both steps use the same fakes, batches are drawn with replacement, and pictures
     are made with BatchNorm's running averages
   - z is as in the code of C. Fabbri, "A Comparative Study of GANs Towards Automatic Image
@@ -35,7 +35,7 @@ Differs from the paper:
     1e-3 and two slips: the cosine is not squared, which rewards opposite codes, and there is one
     energy for a whole batch
 
-Try (what happens stands in README.md):
+Try (README.md says what happens):
   - --pull-away 0: how high does the column pull_away rise, and does it come down again?
   - --margin 1: what do D(x) and D(G(z)) become? Which term of L_D wins?
   - images.detach() in the energy: D learns as before. Does D(G(z)) still fall?
@@ -78,7 +78,7 @@ class Generator(nn.Sequential):
     """z (B, 100) -> images (B, C, size, size) in [-1, 1]. Shapes are for 64 px and width 64."""
 
     def __init__(self, channels, size, width):
-        # Channels of the maps, from those of 4x4 pixels on: half as many at each doubling.
+        # Channels of the maps, from those of 4x4 pixels on: half as many when sides double.
         n = [width * 2**i for i in range(int(math.log2(size)) - 2)][::-1]  # 512, 256, 128, 64
         layers = [
             nn.Unflatten(1, (Z, 1, 1)),  # (B, 100, 1, 1)
@@ -131,7 +131,7 @@ class Discriminator(nn.Module):
 
     def forward(self, images):
         codes = self.encoder(images)
-        # No detach(): an image changes its energy twice, as Enc's input and as Dec's target.
+        # No detach(): an image counts twice, as Enc's input and as Dec's target.
         energies = (self.decoder(codes) - images).square().mean((1, 2, 3))
         return energies, codes.flatten(1)
 
@@ -147,7 +147,7 @@ def init_weights_and_biases(module):
 
 
 # --- losses ---------------------------------------------------------------------------------------
-# max(0, .) is taken image by image: what the other fakes do does not matter.
+# max(0, .) is taken image by image: the energies of other fakes do not matter.
 
 
 def d_loss(real_energies, fake_energies, margin):

@@ -43,7 +43,7 @@ Differs from the paper:
   - CelebA is cropped to 128x128 pixels, in the code that the thesis builds on to 108x108. The
     thesis trains on all of it; here its test part is left out. Batches are drawn with replacement
 
-Try (what happens stands in README.md):
+Try (README.md says what happens):
   - --generate 16 --sweep -1: no G has seen a c below 0. Does it get darker still?
   - --rep 0: what do c_hat(c=0) and c_hat(c=1) become? What is c now?
   - --rep 50: is c_hat nearer to c? What does it cost in the faces?
@@ -86,7 +86,7 @@ class Generator(nn.Sequential):
     """w = [z, c] (B, 101) -> images (B, C, size, size) in [-1, 1]. Shapes are for 64 px."""
 
     def __init__(self, channels, size, width):
-        # Channels of the maps, from those of 4x4 pixels on: half as many at each doubling.
+        # Channels of the maps, from those of 4x4 pixels on: half as many when sides double.
         n = [width * 2**i for i in range(int(math.log2(size)) - 2)][::-1]  # 512, 256, 128, 64
         layers = [
             nn.Unflatten(1, (Z + 1, 1, 1)),  # (B, 101, 1, 1)
@@ -146,7 +146,7 @@ class Extractor(nn.Sequential):
 
 
 def init_weights(module, std=0.02):
-    """As in DCGAN: weights from N(0, 0.02^2), BatchNorm's scales from N(1, 0.02^2)."""
+    """As in DCGAN: weights from N(0, std^2), BatchNorm's scales from N(1, 0.02^2)."""
     if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
         nn.init.normal_(module.weight, mean=0, std=std)
     elif isinstance(module, nn.BatchNorm2d):

@@ -12,8 +12,8 @@ real. G never sees the data: it learns from nothing but D's verdict.
 x is a real image, and E is the mean over all x, or all z. D wants this value large, and G wants it
 small. In theory, if the networks could be any functions, the game ends in an equilibrium: fakes are
 distributed like the data, and D can only say 1/2. In practice it never quite settles, and may end
-in mode collapse: all fakes look alike. Training makes losses small, one for each network. D's is
-the binary cross-entropy of a classifier, with the labels 1 for real and 0 for fake:
+in mode collapse: all fakes look alike. Each network has a loss, which its training makes small. D's
+is the binary cross-entropy of a classifier, with the labels 1 for real and 0 for fake:
 
     L_D = -E[log D(x)] - E[log(1 - D(G(z)))]    Eq. 1, for D
     L_G =  E[log(1 - D(G(z)))]                  Eq. 1, for G: the saturating loss (--saturating)
@@ -33,12 +33,12 @@ Differs from the paper:
   - G's step uses the same fakes as D's step, which saves a pass through G; the paper draws new z
   - batches are drawn with replacement; the paper's code goes through all images once an epoch
   - layers, z and batches are those of the code of C. Fabbri, "A Comparative Study of GANs Towards
-    Automatic Image Colorization", 2017: z is uniform. His report has N(0, 1), and no sizes
+    Automatic Image Colorization", 2017: z is uniform. His report has N(0, 1), and no layer sizes
 
-Try (what happens stands in README.md):
+Try (README.md says what happens):
   - --saturating: how large is D(G(z)) after 300 steps? What does G learn from that?
-  - d_loss with torch.log(torch.sigmoid()), --lr 2e-2 --steps 10: which number breaks first?
-  - remove detach(): what error? With retain_graph=True in D's backward(): same losses? Same time?
+  - in d_loss, torch.log(torch.sigmoid(...)), --lr 2e-2 --steps 10: what is nan or inf first?
+  - remove detach(): what error? Add retain_graph=True to D's backward(): same losses? Same time?
 
     python gan_mlp.py                                # cartoon faces, on a CPU, no download
     python gan_mlp.py --data mnist                   # digits
@@ -145,8 +145,8 @@ def train(args, data):
         return G(sample_z(n))
 
     # Each turn of this loop is one training step. steps() is a Python generator: it yields a dict,
-    # log, and reads what is in it when the turn ends. Between turns it also draws and saves; first
-    # of all, samples/000000.png shows what the untrained G draws.
+    # log, and reads what is in it when the turn ends. Between turns it also draws and saves. The
+    # first picture, samples/000000.png, is by the untrained G.
     for log in steps(args, data, draw, {"G": G, "D": D, "opt_G": opt_G, "opt_D": opt_D}):
         real, _ = sample_batch(data, args.batch, args.device)  # _ are labels, which are not used
         fake = G(sample_z(args.batch))

@@ -12,30 +12,30 @@ gradient as large as its distance from it.
     L_G = 1/2 E[(D(G(z)) - c)^2]                          Eq. 2
 
 By default a = 0 and b = c = 1: D says 1 for real and 0 for fake, and G wants 1 (Eq. 9). With
-a = -1, b = 1, c = 0 (Eq. 8) and the best D, G minimises the Pearson chi^2 divergence between the
-densities p_data + p_G and 2 p_G, which is 0 only if p_G = p_data (Sec. 3.2).
+a = -1, b = 1, c = 0 (Eq. 8) and the best D, G minimises the Pearson chi^2 divergence, a kind of
+distance, between p_data + p_G and 2 p_G. It is 0 only if p_G = p_data (Sec. 3.2).
 
 Changes from dcgan.py:
   - the losses: squares of D's outputs, which are scores and not logits
-  - D's last weights begin ten times smaller, so that scores begin near 0. With dcgan.py's start
-    they began up to 4 away from it at 64 px, and jumped from one side of G's target to the other.
-    G had to raise its scores, then to lower them, and drew noise for 400 to 3,000 steps
+  - D's last weights begin ten times smaller, so that scores begin near 0. With dcgan.py's start,
+    scores at 64 px were up to 4 away from 0, and jumped across G's target: G was told to raise
+    them, then to lower them, and drew noise for 400 to 3,000 steps
   - --labels sets a, b and c; no --g-steps, --init-std, --beta1
   - D(x) and D(G(z)) in losses.csv are mean scores, not probabilities
 
 Differs from the paper:
   - networks, z and (but for cartoon) learning rate are dcgan.py's: the diff is mainly the loss.
-    The paper's G has further layers of stride 1, and its z 1024 numbers; its images have 112 px
+    The paper's G has more layers, of stride 1; its z has 1024 numbers, its images have 112 px
   - as in dcgan.py, both steps use the same fakes, batches are drawn with replacement, and pictures
     are made with BatchNorm's running averages
   - C. Fabbri, "A Comparative Study of GANs Towards Automatic Image Colorization", 2017, trained an
     LSGAN on LSUN's churches. His code, not his report, has a learning rate of 1e-3. By a slip, its
     D does not return scores but the 512 feature maps of its last LeakyReLU
 
-Try (what happens stands in README.md):
-  - --labels -1 1 0: what are D(x) and D(G(z)) now? Why can the losses not be compared?
+Try (README.md says what happens):
+  - --labels -1 1 0: what are D(x) and D(G(z)) now? Why not compare losses with the default's?
   - delete the line of D's last weights: compare loss_G of the first rows, and the pictures
-  - .mean().square() in place of .square().mean(): the losses look alike. Do the faces?
+  - .mean().square() in place of .square().mean(): losses are similar. Are faces as good?
 
     python lsgan.py                                       # cartoon faces, on a CPU, no download
     python lsgan.py --data church_images --size 128       # a folder of images, here of churches
@@ -74,7 +74,7 @@ class Generator(nn.Sequential):
     """z (B, 100) -> images (B, C, size, size) in [-1, 1]. Shapes are for 64 px and width 64."""
 
     def __init__(self, channels, size, width):
-        # Channels of the maps, from those of 4x4 pixels on: half as many at each doubling.
+        # Channels of the maps, from those of 4x4 pixels on: half as many when sides double.
         n = [width * 2**i for i in range(int(math.log2(size)) - 2)][::-1]  # 512, 256, 128, 64
         layers = [
             nn.Unflatten(1, (Z, 1, 1)),  # (B, 100, 1, 1)
@@ -118,7 +118,7 @@ class Discriminator(nn.Sequential):
 
 
 def init_weights(module, std=0.02):
-    """As in DCGAN: weights from N(0, 0.02^2), BatchNorm's scales from N(1, 0.02^2)."""
+    """As in DCGAN: weights from N(0, std^2), BatchNorm's scales from N(1, 0.02^2)."""
     if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
         nn.init.normal_(module.weight, mean=0, std=std)
     elif isinstance(module, nn.BatchNorm2d):

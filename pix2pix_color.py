@@ -59,7 +59,7 @@ Differs from the paper:
     square: 0.013 (CIFAR-10) or 0.02 (CelebA) for a photo that comes back grey. m must be less, or D
     can win by copying all as grey
 
-Try (what happens stands in README.md):
+Try (README.md says what happens):
   - --adversarial-weight 0: which of L1/grey, PSNR and chroma gets better, which worse?
   - --adversarial-weight 20: L1/grey above 1 is worse than grey. What about chroma?
   - 0 * maps.pop(), no skips: why are the edges still sharp? What is lost?

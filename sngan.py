@@ -4,9 +4,9 @@ Networks", 2018, arXiv 1802.05957. The networks are those of Espis and Potrimba,
 Project", University of Bologna, 2020.
 
 D's gradient is all that G learns from. It is useless if D's logit jumps between images that are
-nearly alike. So no layer of D may enlarge differences: each is to be 1-Lipschitz. The most that a
-matrix W stretches any vector is its largest singular value sigma(W), its spectral norm. SNGAN
-divides W by it.
+nearly alike. So no layer of D should enlarge differences: it should be 1-Lipschitz (but see GAIN).
+The most that a matrix W stretches any vector is its largest singular value sigma(W), its spectral
+norm. SNGAN divides W by it.
 
     W_SN = W / sigma(W)           Eq. 8; a convolution's W is taken as a matrix (out, in * 4 * 4)
     L_D = -E[log D(x)] - E[log(1 - D(G(z)))]                      as in dcgan.py
@@ -27,24 +27,24 @@ Changes from dcgan.py:
   - no --g-steps, --init-std, --beta1
 
 Differs from the papers:
-  - GAIN is ours. Spectral norm and LeakyReLU about halve typical features at every layer. Without a
-    gain D's logits stay nearly 0: on faces, D(x) - D(G(z)) was 0.01, and G learned slowly. The
-    usual gain (He et al. 2015) is 1.4. The bound on the slope of D's n convolutions becomes GAIN^n
-    times as high. (D's linear layer, without spectral norm, has no bound)
+  - GAIN is ours. Spectral norm and LeakyReLU make features about half as large at every layer.
+    Without a gain D's logits stay nearly 0: on faces D(x) - D(G(z)) was 0.01, and G learned slowly.
+    The usual gain (He et al. 2015) is 1.4. The bound on the slope of D's n convolutions becomes
+    GAIN^n times as high. (D's linear layer, without spectral norm, has no bound)
   - Miyato et al. have spectral norm in D alone, there in all layers, and besides this loss a hinge
-    loss, in which max(0, 1 - logit) replaces -log D. Here spectral norm is in G too, and not in
-    linear layers, as in the report of Espis and Potrimba
+    loss, in which L_D has max(0, 1 - logit) for -log D(x). Here spectral norm is in G too, and not
+    in linear layers, as in the report of Espis and Potrimba
   - linear layers start as PyTorch has it; in Keras, which the report uses, the weights of D's last
-    layer begin 2.4 times as large. Its FID of 11.21 (see fid.py) is by an Inception without a name
+    layer begin 2.4 times as large. The report's FID of 11.21 names no Inception (see fid.py)
   - the report's code flattens Keras' kernel (4, 4, in, out) to (out, -1) without transposing it.
     Its sigma is that of another matrix: 1.235 where the right one is 1.000 (orthogonal start, 128
-    channels). In training it may become too small (not measured); then it does not bound D
+    channels). In training this sigma may be too small (not measured), and then it bounds nothing
   - sigma bounds the matrix; the convolution applies it to overlapping patches, and may stretch more
   - D makes one step on 64 real and 64 fake images; in the report's code two, on 32 of each
   - batches are drawn with replacement; the report's epochs go through all images once
-  - the report prints pixel norm without the square; its code has it
+  - the report writes pixel norm without the square; its code has it
 
-Try (what happens stands in README.md):
+Try (README.md says what happens):
   - GAIN = 1: how far apart are D(x) and D(G(z)), and how far is loss_D from 1.386?
   - delete PixelNorm() in G: what happens to spread (do fakes differ?) in losses.csv's first rows?
   - 0 * stddev in MinibatchStddev (an ablation): is there a difference? When would there be one?
@@ -93,7 +93,7 @@ class PixelNorm(nn.Module):
 
 
 class MinibatchStddev(nn.Module):
-    """(B, C, H, W) -> (B, C + 1, H, W): one channel more holds the batch's standard deviation."""
+    """(B, C, H, W) -> (B, C + 1, H, W): one channel more, the batch's mean standard deviation."""
 
     def forward(self, x):
         stddev = (x.var(dim=0, unbiased=False) + 1e-8).sqrt().mean()  # over channels and pixels
@@ -187,7 +187,7 @@ def g_loss(fake_logits):
 def add_arguments(parser):
     """Set this script's defaults and flags. Return the defaults that differ on cartoon faces."""
     parser.set_defaults(lr=2e-4, batch=64, epochs=100)
-    parser.epilog = "All defaults are those of Espis and Potrimba (2020)."
+    parser.epilog = "Defaults are those of Espis and Potrimba (2020), except on cartoon."
     add = parser.add_argument
     add("--width", type=int, default=128, help="feature maps of every layer (128)")
     return {"width": 32, "batch": 32, "lr": 5e-4, "epochs": 25}  # faces within a minute on a CPU

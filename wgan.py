@@ -37,7 +37,7 @@ Differs from the paper:
   - C. Fabbri, "A Comparative Study of GANs Towards Automatic Image Colorization", 2017, says that
     the paper clips at 0.1 (it is 0.01), and that 0.05 is better. His code has 0.005
 
-Try (what happens stands in README.md):
+Try (README.md says what happens):
   - --clip 1: by what factor does W grow? Does it still fall as the faces come?
   - Adam with its usual momentum (betas 0.9, 0.999) in place of RMSprop: does W fall?
   - --critic-steps 1: are the faces worse? What has become of W? And the time?
@@ -79,7 +79,7 @@ class Generator(nn.Sequential):
     """z (B, 100) -> images (B, C, size, size) in [-1, 1]. Shapes are for 64 px and width 64."""
 
     def __init__(self, channels, size, width):
-        # Channels of the maps, from those of 4x4 pixels on: half as many at each doubling.
+        # Channels of the maps, from those of 4x4 pixels on: half as many when sides double.
         n = [width * 2**i for i in range(int(math.log2(size)) - 2)][::-1]  # 512, 256, 128, 64
         layers = [
             nn.Unflatten(1, (Z, 1, 1)),  # (B, 100, 1, 1)
@@ -123,7 +123,7 @@ class Discriminator(nn.Sequential):
 
 
 def init_weights(module, std=0.02):
-    """As in DCGAN: weights from N(0, 0.02^2), BatchNorm's scales from N(1, 0.02^2)."""
+    """As in DCGAN: weights from N(0, std^2), BatchNorm's scales from N(1, 0.02^2)."""
     if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
         nn.init.normal_(module.weight, mean=0, std=std)
     elif isinstance(module, nn.BatchNorm2d):
