@@ -16,7 +16,7 @@ If every image has one label, its class, P is a softmax over the classes. Attrib
 smiling, young, ...) do not exclude each other: each has a sigmoid, and log P is the mean over them.
 
 Watch acc(x) and acc(G(z)), how often the second head is right on real and fake images; acc(guess)
-is for always guessing the more frequent value. acc(x) above that: D has something to teach.
+is for always guessing the more frequent value. acc(x) above it shows that D has learned labels.
 
 In the networks, spectral norm (arXiv 1802.05957) divides a convolution's weights, as a matrix, by
 the largest singular value, the most that it stretches any vector: this limits D's slope. Pixel norm
