@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: MIT
 """ACGAN: Odena, Olah and Shlens, "Conditional Image Synthesis with Auxiliary Classifier GANs",
-2016, arXiv 1610.09585. The networks are those of Espis and Potrimba, "Deep Learning Project",
-University of Bologna, 2020.
+2016, arXiv 1610.09585. The networks are nearly those of Espis and Potrimba, "Deep Learning
+Project", University of Bologna, 2020.
 
 G is conditional: labels tell it what to draw. D gets another output layer (a head), an auxiliary
 classifier: it learns to read the labels y off real images. G is rewarded when D reads off its fake
 the labels y' that G was given, so it draws what can be recognised.
 
-    L_S = E[log D(x)] + E[log(1 - D(G(z, y')))]                 Eq. 2: source, real or fake?
-    L_C = E[log P(y|x)] + E[log P(y'|G(z, y'))]                 Eq. 3: which labels?
-    L_D = -L_S - aux E[log P(y|x)]                              --aux weighs the labels
-    L_G = -E[log D(G(z, y'))] - aux E[log P(y'|G(z, y'))]       non-saturating, as in dcgan.py
+    L_S = E[log D(x)] + E[log(1 - D(G(z, y')))]                         Eq. 2: source, real or fake?
+    L_C = E[log P(y|x)] + E[log P(y'|G(z, y'))]                         Eq. 3: which labels?
+    L_D = -L_S - aux E[log P(y|x)] - aux_fakes E[log P(y'|G(z, y'))]    aux_fakes is 0 by default
+    L_G = -E[log D(G(z, y'))] - aux E[log P(y'|G(z, y'))]               non-saturating
 
 If every image has one label, its class, P is a softmax over the classes. Attributes (CelebA has 40:
 smiling, young, ...) do not exclude each other: each has a sigmoid, and log P is the mean over them.
@@ -27,7 +27,7 @@ Changes from sngan.py:
   - G(z, y): the labels are appended to z. D has a second head on the same features, and no dropout
   - the losses of that head, weighted by --aux, on fakes in L_D by --aux-fakes (0)
   - pictures: one z per row. Classes: one per column. Attributes: the first column has the labels
-    of a real image. Each further one flips one of them, and exaggerates to make it visible: 0
+    of a real image. Each further column flips one label, and exaggerates to make it visible: 0
     becomes 2, and 1 becomes -1. --attributes A,B chooses the columns
   - --generate N draws N images of each class, generated/CLASS/00000.png and so on, which --data can
     read. --labels A,B chooses classes. Attributes come from random real images; --labels A,-B
@@ -191,12 +191,12 @@ class Discriminator(nn.Module):
 
 
 def d_loss(real_logits, fake_logits):
-    """L_D = -E[log D(x)] - E[log(1 - D(G(z)))]; 2 log 2 = 1.386 if D says 1/2 to everything."""
+    """-L_S, L_D's first part; 2 log 2 = 1.386 if D says 1/2 to everything."""
     return softplus(-real_logits).mean() + softplus(fake_logits).mean()
 
 
 def g_loss(fake_logits):
-    """L_G = -E[log D(G(z))]; log 2 = 0.693 if D says 1/2 to everything."""
+    """-E[log D(G(z, y'))], L_G's first part; log 2 = 0.693 if D says 1/2 to everything."""
     return softplus(-fake_logits).mean()
 
 
@@ -550,7 +550,7 @@ Data = namedtuple("Data", "images labels names digest", defaults=[""])
 SETS = {"cartoon": 32, "mnist": 28, "fashion_mnist": 28, "cifar10": 32, "celeba": 64}  # their sizes
 FACE = ["Blond_Hair", "Eyeglasses", "Mouth_Slightly_Open", "Smiling", "Wearing_Lipstick"]
 YES_NO = {"1": 1, "1.0": 1, "True": 1, "0": 0, "0.0": 0, "False": 0, "-1": 0, "-1.0": 0}
-# Above: a label in a table. Below: numbers that must be above 0; what a resumed run must keep.
+# Above: how a table writes a label. Below: flags that must be above 0; those that --resume keeps.
 ABOVE_0 = "batch clip critic_steps epochs g_steps generate init_std lr margin steps width".split()
 FIXED = "adversarial attribute beta1 extractor init_std no_labels size width".split()
 
@@ -588,7 +588,7 @@ def load_images(name, size, root="data", split="train"):
 
 def prepare_images(name, size, items, open_item, labels, names, file):
     """-> Data, its pixels in a file, not in memory. Copies and unreadable files are left out."""
-    order = random.Random(0).sample(range(len(items)), len(items))  # random, always the same
+    order = random.Random(0).sample(range(len(items)), len(items))  # mixed: images[:64] are varied
     kept, contents, broken, digest = [], set(), [], hashlib.sha1()
 
     def decode(i):
@@ -675,10 +675,10 @@ def find_celeba(root, split):
 def read_table(file):
     """CelebA's table -> {number of an image: bytes, 0 or 1 for each of K attributes}, K names."""
     text = Path(file).read_text("utf-8-sig").translate({ord(c): " " for c in ',;"'})
-    lines = text.strip().splitlines()  # of words between blanks
+    lines = text.strip().splitlines()  # words with blanks between them
     start = 1 if lines and lines[0].split()[1:] else 2  # line 1 of the authors' is the row count
     names, rows = "".join(lines[start - 1 : start]).replace("image_id", "").split(), {}
-    for i, line in enumerate(lines[start:], start + 1):  # 000001.jpg -1 1 ..., or 7 000001.jpg
+    for i, line in enumerate(lines[start:], start + 1):  # 000001.jpg -1 1, or 7 000001.jpg -1 1
         image, *values = line.split()[-1 - len(names) :] or [""]
         number = re.fullmatch(r"(\d+)\.[a-zA-Z]+", image)
         wrong = not number or len(values) < len(names) or not set(values) <= YES_NO.keys()
@@ -697,7 +697,7 @@ def find_folder(name):
     parts = {file: os.path.relpath(file, name).split(os.sep) for file in list_files(name)}
     inside = [p[0] for p in parts.values() if p[1:]]
     names = sorted(set(inside))
-    # Sub-folders of train, or of an only folder, must be the labels. (train comes first.)
+    # In train, or in a single folder, sub-folders are meant as the labels: say so. (train first)
     for top, *rest in sorted(parts.values(), key=lambda p: p[0].lower() != "train"):
         of_a_set = top.lower() in ("train", "test", "val", "valid", "validation")
         if len(rest) > 1 and (of_a_set or names == [top]):
@@ -734,7 +734,7 @@ def open_image(path):
     image = ImageOps.exif_transpose(Image.open(path))
     if image.mode[0] in "IF":  # 16 bits, or fractions: convert() would clip them
         values = np.asarray(image, np.float64)
-        white = 65535 if image.mode[0] == "I" else 255 if values.max() > 1 else 1  # its value
+        white = 65535 if image.mode[0] == "I" else 255 if values.max() > 1 else 1  # white's
         if not 0 <= values.min() <= values.max() <= white:
             raise ValueError(f"its values, {values.min():g} to {values.max():g}, may mean anything")
         image = Image.fromarray((255 / white * values).round().astype(np.uint8))
@@ -744,7 +744,7 @@ def open_image(path):
 
 
 def draw_face(seed, side, labels):
-    """A cartoon face with the labels of FACE (five of 0 and 1); all the rest is random."""
+    """A cartoon face with the labels of FACE (five numbers, 0 or 1); all the rest is random."""
     blond, glasses, open_mouth, smile, lipstick = labels
     rng = random.Random(seed)
     vary, tan = rng.uniform, rng.random()
@@ -864,7 +864,7 @@ def main(argv=None):
         return args, get_data(args)
 
     try:
-        begun = begin() if RANK == 0 else None  # the first of torchrun's processes tells mistakes
+        begun = begin() if RANK == 0 else None  # the first of torchrun's processes reports mistakes
         if RANKS > 1:  # and prepares the data, while the others wait here
             kinds = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
             distributed.init_process_group(kinds)  # gloo connects CPUs, nccl GPUs

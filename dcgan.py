@@ -13,8 +13,8 @@ Convolutional GANs were hard to train. DCGAN's recipe (Sec. 3 and 4) works:
   - no pooling: D halves the sides of its feature maps by convolutions of stride 2, and G doubles
     them by the reverse, transposed convolutions
   - no hidden linear layers: from z to 4x4 maps, and from 4x4 maps to one number, by convolution
-  - BatchNorm in G and D: over a batch, each map gets mean 0 and variance 1, which keeps signals in
-    range; not on G's output and D's input, where it made training oscillate
+  - BatchNorm in G and D: each map gets mean 0 and variance 1 over a batch, then a learned scale and
+    shift, so signals stay in range; not on G's output and D's input, where training oscillated
   - ReLU in G, tanh at its end; LeakyReLU in D, which lets gradients pass on its negative side too
   - initial weights from N(0, 0.02^2); Adam with learning rate 2e-4 and with beta1 = 0.5, since
     training was unstable with the usual 0.9
@@ -25,7 +25,7 @@ Changes from gan_mlp.py:
 
 Differs from the paper:
   - kernels are 4x4, not 5x5. In a transposed convolution each input pixel adds a kernel to the
-    output. If the stride divides its size, these overlap evenly: fewer checkerboard artefacts
+    output. If the stride divides its side, kernels overlap evenly: fewer checkerboard artefacts
   - --width and --batch are 64, not 128; z is from N(0, 1), not uniform
   - D returns logits, D(x) is their sigmoid: for a very negative one, log(sigmoid) would be -inf
   - G's first step uses the same fakes as D's step, which saves a pass through G
@@ -38,7 +38,7 @@ Differs from the paper:
     square; here one is cut out. He expects D(x) and D(G(z)) near 0.5; ours were 0.8 and 0.2
 
 Try (README.md says what happens):
-  - --beta1 0.9, or --init-std 0.2: compare samples/000000.png, and the pictures of step 250
+  - --steps 250 with --beta1 0.9, or --init-std 0.2 (each has its own --out): compare the pictures
   - in D's step, D(torch.cat([real, fake.detach()])).chunk(2): why is loss_G 0? Fix G's step
 
     python dcgan.py                                   # cartoon faces, on a CPU, no download
@@ -373,7 +373,7 @@ Data = namedtuple("Data", "images labels names digest", defaults=[""])
 SETS = {"cartoon": 32, "mnist": 28, "fashion_mnist": 28, "cifar10": 32, "celeba": 64}  # their sizes
 FACE = ["Blond_Hair", "Eyeglasses", "Mouth_Slightly_Open", "Smiling", "Wearing_Lipstick"]
 YES_NO = {"1": 1, "1.0": 1, "True": 1, "0": 0, "0.0": 0, "False": 0, "-1": 0, "-1.0": 0}
-# Above: a label in a table. Below: numbers that must be above 0; what a resumed run must keep.
+# Above: how a table writes a label. Below: flags that must be above 0; those that --resume keeps.
 ABOVE_0 = "batch clip critic_steps epochs g_steps generate init_std lr margin steps width".split()
 FIXED = "adversarial attribute beta1 extractor init_std no_labels size width".split()
 
@@ -411,7 +411,7 @@ def load_images(name, size, root="data", split="train"):
 
 def prepare_images(name, size, items, open_item, labels, names, file):
     """-> Data, its pixels in a file, not in memory. Copies and unreadable files are left out."""
-    order = random.Random(0).sample(range(len(items)), len(items))  # random, always the same
+    order = random.Random(0).sample(range(len(items)), len(items))  # mixed: images[:64] are varied
     kept, contents, broken, digest = [], set(), [], hashlib.sha1()
 
     def decode(i):
@@ -498,10 +498,10 @@ def find_celeba(root, split):
 def read_table(file):
     """CelebA's table -> {number of an image: bytes, 0 or 1 for each of K attributes}, K names."""
     text = Path(file).read_text("utf-8-sig").translate({ord(c): " " for c in ',;"'})
-    lines = text.strip().splitlines()  # of words between blanks
+    lines = text.strip().splitlines()  # words with blanks between them
     start = 1 if lines and lines[0].split()[1:] else 2  # line 1 of the authors' is the row count
     names, rows = "".join(lines[start - 1 : start]).replace("image_id", "").split(), {}
-    for i, line in enumerate(lines[start:], start + 1):  # 000001.jpg -1 1 ..., or 7 000001.jpg
+    for i, line in enumerate(lines[start:], start + 1):  # 000001.jpg -1 1, or 7 000001.jpg -1 1
         image, *values = line.split()[-1 - len(names) :] or [""]
         number = re.fullmatch(r"(\d+)\.[a-zA-Z]+", image)
         wrong = not number or len(values) < len(names) or not set(values) <= YES_NO.keys()
@@ -520,7 +520,7 @@ def find_folder(name):
     parts = {file: os.path.relpath(file, name).split(os.sep) for file in list_files(name)}
     inside = [p[0] for p in parts.values() if p[1:]]
     names = sorted(set(inside))
-    # Sub-folders of train, or of an only folder, must be the labels. (train comes first.)
+    # In train, or in a single folder, sub-folders are meant as the labels: say so. (train first)
     for top, *rest in sorted(parts.values(), key=lambda p: p[0].lower() != "train"):
         of_a_set = top.lower() in ("train", "test", "val", "valid", "validation")
         if len(rest) > 1 and (of_a_set or names == [top]):
@@ -557,7 +557,7 @@ def open_image(path):
     image = ImageOps.exif_transpose(Image.open(path))
     if image.mode[0] in "IF":  # 16 bits, or fractions: convert() would clip them
         values = np.asarray(image, np.float64)
-        white = 65535 if image.mode[0] == "I" else 255 if values.max() > 1 else 1  # its value
+        white = 65535 if image.mode[0] == "I" else 255 if values.max() > 1 else 1  # white's
         if not 0 <= values.min() <= values.max() <= white:
             raise ValueError(f"its values, {values.min():g} to {values.max():g}, may mean anything")
         image = Image.fromarray((255 / white * values).round().astype(np.uint8))
@@ -567,7 +567,7 @@ def open_image(path):
 
 
 def draw_face(seed, side, labels):
-    """A cartoon face with the labels of FACE (five of 0 and 1); all the rest is random."""
+    """A cartoon face with the labels of FACE (five numbers, 0 or 1); all the rest is random."""
     blond, glasses, open_mouth, smile, lipstick = labels
     rng = random.Random(seed)
     vary, tan = rng.uniform, rng.random()
@@ -687,7 +687,7 @@ def main(argv=None):
         return args, get_data(args)
 
     try:
-        begun = begin() if RANK == 0 else None  # the first of torchrun's processes tells mistakes
+        begun = begin() if RANK == 0 else None  # the first of torchrun's processes reports mistakes
         if RANKS > 1:  # and prepares the data, while the others wait here
             kinds = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
             distributed.init_process_group(kinds)  # gloo connects CPUs, nccl GPUs

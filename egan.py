@@ -20,7 +20,7 @@ Brightness and sharpness are formulas. For a label of the data, the extractor is
 
 Sharpness says how evenly the edges are spread, not how crisp they are: a linear ramp has 1, noise
 about 0.27, and one hard edge 0.03 at 64 px (0.06 at 32 px). On CelebA, with --attribute Male, hair
-shortens and beards grow as c rises. The face stays, even up to c = 2, which was never in training.
+shortens and brows grow as c rises. The face stays, even up to c = 2, which was never in training.
 
 Changes from dcgan.py:
   - the input w, with z uniform in [-1, 1]; l_rep in L_G; two steps of G for each step of D;
@@ -39,7 +39,7 @@ Differs from the paper:
     which G drew the same cartoon face for every z
   - the losses are means, not sums. --rep is 1, as in the thesis, but 5 on the flat cartoon faces
   - the thesis says of the CNN that it has three layers, the last fully connected. Its widths, 4x4
-    kernels, BatchNorm and LeakyReLU are ours. Two steps of G are its DCGAN's; of EGAN it says none
+    kernels, BatchNorm and LeakyReLU are ours. Two steps of G are its DCGAN's; EGAN's are not said
   - CelebA is cropped to 128x128 pixels, in the code that the thesis builds on to 108x108. The
     thesis trains on all of it; here its test part is left out. Batches are drawn with replacement
 
@@ -524,7 +524,7 @@ Data = namedtuple("Data", "images labels names digest", defaults=[""])
 SETS = {"cartoon": 32, "mnist": 28, "fashion_mnist": 28, "cifar10": 32, "celeba": 64}  # their sizes
 FACE = ["Blond_Hair", "Eyeglasses", "Mouth_Slightly_Open", "Smiling", "Wearing_Lipstick"]
 YES_NO = {"1": 1, "1.0": 1, "True": 1, "0": 0, "0.0": 0, "False": 0, "-1": 0, "-1.0": 0}
-# Above: a label in a table. Below: numbers that must be above 0; what a resumed run must keep.
+# Above: how a table writes a label. Below: flags that must be above 0; those that --resume keeps.
 ABOVE_0 = "batch clip critic_steps epochs g_steps generate init_std lr margin steps width".split()
 FIXED = "adversarial attribute beta1 extractor init_std no_labels size width".split()
 
@@ -562,7 +562,7 @@ def load_images(name, size, root="data", split="train"):
 
 def prepare_images(name, size, items, open_item, labels, names, file):
     """-> Data, its pixels in a file, not in memory. Copies and unreadable files are left out."""
-    order = random.Random(0).sample(range(len(items)), len(items))  # random, always the same
+    order = random.Random(0).sample(range(len(items)), len(items))  # mixed: images[:64] are varied
     kept, contents, broken, digest = [], set(), [], hashlib.sha1()
 
     def decode(i):
@@ -649,10 +649,10 @@ def find_celeba(root, split):
 def read_table(file):
     """CelebA's table -> {number of an image: bytes, 0 or 1 for each of K attributes}, K names."""
     text = Path(file).read_text("utf-8-sig").translate({ord(c): " " for c in ',;"'})
-    lines = text.strip().splitlines()  # of words between blanks
+    lines = text.strip().splitlines()  # words with blanks between them
     start = 1 if lines and lines[0].split()[1:] else 2  # line 1 of the authors' is the row count
     names, rows = "".join(lines[start - 1 : start]).replace("image_id", "").split(), {}
-    for i, line in enumerate(lines[start:], start + 1):  # 000001.jpg -1 1 ..., or 7 000001.jpg
+    for i, line in enumerate(lines[start:], start + 1):  # 000001.jpg -1 1, or 7 000001.jpg -1 1
         image, *values = line.split()[-1 - len(names) :] or [""]
         number = re.fullmatch(r"(\d+)\.[a-zA-Z]+", image)
         wrong = not number or len(values) < len(names) or not set(values) <= YES_NO.keys()
@@ -671,7 +671,7 @@ def find_folder(name):
     parts = {file: os.path.relpath(file, name).split(os.sep) for file in list_files(name)}
     inside = [p[0] for p in parts.values() if p[1:]]
     names = sorted(set(inside))
-    # Sub-folders of train, or of an only folder, must be the labels. (train comes first.)
+    # In train, or in a single folder, sub-folders are meant as the labels: say so. (train first)
     for top, *rest in sorted(parts.values(), key=lambda p: p[0].lower() != "train"):
         of_a_set = top.lower() in ("train", "test", "val", "valid", "validation")
         if len(rest) > 1 and (of_a_set or names == [top]):
@@ -708,7 +708,7 @@ def open_image(path):
     image = ImageOps.exif_transpose(Image.open(path))
     if image.mode[0] in "IF":  # 16 bits, or fractions: convert() would clip them
         values = np.asarray(image, np.float64)
-        white = 65535 if image.mode[0] == "I" else 255 if values.max() > 1 else 1  # its value
+        white = 65535 if image.mode[0] == "I" else 255 if values.max() > 1 else 1  # white's
         if not 0 <= values.min() <= values.max() <= white:
             raise ValueError(f"its values, {values.min():g} to {values.max():g}, may mean anything")
         image = Image.fromarray((255 / white * values).round().astype(np.uint8))
@@ -718,7 +718,7 @@ def open_image(path):
 
 
 def draw_face(seed, side, labels):
-    """A cartoon face with the labels of FACE (five of 0 and 1); all the rest is random."""
+    """A cartoon face with the labels of FACE (five numbers, 0 or 1); all the rest is random."""
     blond, glasses, open_mouth, smile, lipstick = labels
     rng = random.Random(seed)
     vary, tan = rng.uniform, rng.random()
@@ -838,7 +838,7 @@ def main(argv=None):
         return args, get_data(args)
 
     try:
-        begun = begin() if RANK == 0 else None  # the first of torchrun's processes tells mistakes
+        begun = begin() if RANK == 0 else None  # the first of torchrun's processes reports mistakes
         if RANKS > 1:  # and prepares the data, while the others wait here
             kinds = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
             distributed.init_process_group(kinds)  # gloo connects CPUs, nccl GPUs

@@ -22,7 +22,7 @@ the same weights and resizing. (Espis and Potrimba, see below, give none of the 
 behind their FIDs of 11.21 and 19.42.) KID is not biased, and may fall below 0 by chance. Between a
 set and itself, or copies of its images, it is below 0 on average: pairs of equal images count in
 the last term alone. KID is given as mean +- standard deviation over 100 random subsets of 1,000
-images, or of as many as the smaller set has. (Two sets of as many are compared once, as a whole.)
+images, or of as many as the smaller set has. (Two equal sets of at most 1,000: once, as a whole.)
 
 --quality-index is an idea of Espis and Potrimba ("Deep Learning Project", University of Bologna,
 2020) that did not work. A network learns to tell real images from elastically deformed copies of
@@ -35,14 +35,14 @@ Differs from pytorch-fid (same network, weights and resizing, so the numbers agr
 Differs from clean-fid's own mode: that one resizes with an antialiased bicubic filter.
 Differs from Espis and Potrimba:
   - their network learns from CelebA's training images, this one from REAL, whatever that is
-  - the report says 20,000 images to learn from and names no optimiser. As in their notebook, it is
-    15,000 (10,000 and as many deformed copies, less a quarter), Adam, rate 1e-5, batches of 32
+  - the report says 20,000 images to learn from and names no optimiser. Here, as in their notebook,
+    it is 15,000 (10,000 and their deformed copies, less a quarter), Adam at 1e-5, batches of 32
   - at that rate it learned next to nothing in 12 epochs of 6,000 faces; at 1e-4, from the fourth on
   - their accuracy of 97 % is that on deformed images alone: their split is not shuffled. Here both
     kinds are held out, and both accuracies are given
   - all colours are deformed alike; in the notebook, coloured fringes give a deformed image away
 
-    python fid.py celeba runs/dcgan-celeba --split test     # a run's images, after --generate 10000
+    python fid.py celeba runs/dcgan-celeba --split test --n 10000    # after --generate 10000
     python fid.py pets/dog runs/cgan-pets/generated/dog --size 64    # one class alone
     python fid.py folder/of/real --save real.npz ; python fid.py real.npz folder/of/fakes
     python fid.py celeba runs/dcgan-celeba --quality-index
@@ -89,10 +89,10 @@ def statistics(batches, weights=None):
 
 
 def frechet_distance(mu1, sigma1, mu2, sigma2):
-    """Eq. 6, of float64 tensors.
+    """Eq. 6, of float64 tensors. Its last trace sums the roots of the eigenvalues of S1 S2.
 
     Write S1 = A A^T and S2 = B B^T. Then S1 S2 has the same eigenvalues as C C^T with C = A^T B,
-    apart from zeros. C C^T is symmetric: they are real, not negative, and quickly found.
+    apart from zeros. Those of C C^T are never negative, and quickly found.
     """
     A, B = square_root(sigma1), square_root(sigma2)
     C = A.T @ B if A.shape[1] <= B.shape[1] else B.T @ A  # the smaller rank first
@@ -312,7 +312,7 @@ def deform(image, rng, alpha=5, sigma=0.9):
     Practices for Convolutional Neural Networks Applied to Visual Document Analysis", 2003.
 
     Every pixel is fetched from a place nearby: uniform noise, blurred, times alpha, gives the
-    distances. Their standard deviation is 0.91 pixels.
+    distances. Along each axis, their standard deviation is 0.91 pixels.
     """
     shape = image.shape[1:]
     away = [ndimage.gaussian_filter(rng.uniform(-1, 1, shape), sigma, mode="constant")
@@ -448,7 +448,7 @@ def read_arguments(argv):
     add("--root", default="data", help="where the data sets are, or are downloaded to (data)")
     add("--split", choices=["train", "test"], default="train", help="part of a data set (train)")
     add("--size", type=int, help="scale and crop all images to this, as for training")
-    add("--n", type=int, help="take only N images of REAL, at random")
+    add("--n", type=int, help="take only N images, at random, of REAL (--quality-index: of each)")
     add("--weights", metavar="FILE", help="the network's weights, instead of the published ones")
     add("--batch", type=int, default=32, help="images at a time (32)")
     add("--device", choices=devices, help="by default the first of cuda, mps, cpu that is there")
@@ -545,7 +545,7 @@ def save(content, file):
 
 def prepare_images(name, size, items, open_item, labels, names, file):
     """-> Data, its pixels in a file, not in memory. Copies and unreadable files are left out."""
-    order = random.Random(0).sample(range(len(items)), len(items))  # random, always the same
+    order = random.Random(0).sample(range(len(items)), len(items))  # mixed: images[:64] are varied
     kept, contents, broken, digest = [], set(), [], hashlib.sha1()
 
     def decode(i):
@@ -632,10 +632,10 @@ def find_celeba(root, split):
 def read_table(file):
     """CelebA's table -> {number of an image: bytes, 0 or 1 for each of K attributes}, K names."""
     text = Path(file).read_text("utf-8-sig").translate({ord(c): " " for c in ',;"'})
-    lines = text.strip().splitlines()  # of words between blanks
+    lines = text.strip().splitlines()  # words with blanks between them
     start = 1 if lines and lines[0].split()[1:] else 2  # line 1 of the authors' is the row count
     names, rows = "".join(lines[start - 1 : start]).replace("image_id", "").split(), {}
-    for i, line in enumerate(lines[start:], start + 1):  # 000001.jpg -1 1 ..., or 7 000001.jpg
+    for i, line in enumerate(lines[start:], start + 1):  # 000001.jpg -1 1, or 7 000001.jpg -1 1
         image, *values = line.split()[-1 - len(names) :] or [""]
         number = re.fullmatch(r"(\d+)\.[a-zA-Z]+", image)
         wrong = not number or len(values) < len(names) or not set(values) <= YES_NO.keys()
@@ -654,7 +654,7 @@ def find_folder(name):
     parts = {file: os.path.relpath(file, name).split(os.sep) for file in list_files(name)}
     inside = [p[0] for p in parts.values() if p[1:]]
     names = sorted(set(inside))
-    # Sub-folders of train, or of an only folder, must be the labels. (train comes first.)
+    # In train, or in a single folder, sub-folders are meant as the labels: say so. (train first)
     for top, *rest in sorted(parts.values(), key=lambda p: p[0].lower() != "train"):
         of_a_set = top.lower() in ("train", "test", "val", "valid", "validation")
         if len(rest) > 1 and (of_a_set or names == [top]):
@@ -691,7 +691,7 @@ def open_image(path):
     image = ImageOps.exif_transpose(Image.open(path))
     if image.mode[0] in "IF":  # 16 bits, or fractions: convert() would clip them
         values = np.asarray(image, np.float64)
-        white = 65535 if image.mode[0] == "I" else 255 if values.max() > 1 else 1  # its value
+        white = 65535 if image.mode[0] == "I" else 255 if values.max() > 1 else 1  # white's
         if not 0 <= values.min() <= values.max() <= white:
             raise ValueError(f"its values, {values.min():g} to {values.max():g}, may mean anything")
         image = Image.fromarray((255 / white * values).round().astype(np.uint8))
@@ -701,7 +701,7 @@ def open_image(path):
 
 
 def draw_face(seed, side, labels):
-    """A cartoon face with the labels of FACE (five of 0 and 1); all the rest is random."""
+    """A cartoon face with the labels of FACE (five numbers, 0 or 1); all the rest is random."""
     blond, glasses, open_mouth, smile, lipstick = labels
     rng = random.Random(seed)
     vary, tan = rng.uniform, rng.random()

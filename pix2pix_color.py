@@ -16,12 +16,12 @@ is conditional. It learns that brown shirts are rare, and makes G decide.
     wgan    E[D(x, y')] - E[D(x, y)]                           -E[D(x, y')]              1701.07875
     ebgan   E[D(x, y)] + E[max(0, m - D(x, y'))]               E[D(x, y')]               1609.03126
 
---adversarial chooses L_D and the adversarial loss L_A. In ebgan D returns an energy, low for real;
-D raises that of fakes up to the margin m. --adversarial-weight is w. The larger w, the more colour
-there is, and the more error: a bold guess is further from the truth, on average, than a pale one.
-The four L_A differ in scale. On photographs (CIFAR-10), G's gradient of w * L_A was a quarter to a
-half of that of 100 * E[|y - y'|] with w = 1 for gan, 3 for lsgan, 40 for wgan and 100 for ebgan.
-With w = 1, wgan and ebgan add almost nothing to the l1 and l2 terms.
+--adversarial chooses L_D and the adversarial loss L_A. D gives scores to lsgan and wgan, high for
+real; to ebgan an energy, low for real, and D raises that of fakes up to the margin m. w is
+--adversarial-weight. The larger it is, the more colour there is, and the more error: a bold guess
+is further from the truth, on average, than a pale one. The four L_A differ in scale. On CIFAR-10,
+w * L_A gave G a gradient a quarter to a half as large as 100 * E[|y - y'|] did, with w = 1 for gan,
+3 for lsgan, 40 for wgan, 100 for ebgan. With w = 1, wgan and ebgan add almost nothing to l1 and l2.
 
 Changes from dcgan.py:
   - G is a U-Net, from image to image: an encoder halves the maps, a decoder doubles them again. A
@@ -29,12 +29,12 @@ Changes from dcgan.py:
     is no z; dropout is the only noise (Sec. 3.1)
   - D is a PatchGAN (Sec. 3.2.2): each of its outputs judges a patch, its receptive field of 70x70
     pixels. For ebgan D is an autoencoder, and its error is the energy: low for the data's colours
-  - the losses. L_D is halved (Sec. 3.3). wgan has RMSprop, several D steps for one of G, and clips
+  - the losses. gan halves L_D (Sec. 3.3). wgan has RMSprop, several D steps for one of G, and clips
     D's weights, as wgan.py does. Layers without BatchNorm, and all of the autoencoder, have biases
   - RGB becomes Lab and back, and half of the training images are mirrored
   - no --g-steps, --init-std, --beta1
-  - 64 images are never trained on. Pictures show them in triples: grey, coloured, true. losses.csv
-    measures them. L1 is the mean error of a and b, and L1/grey divides it by that of a grey guess.
+  - 64 images are never trained on. Pictures show 24, in triples: grey, coloured, true. losses.csv
+    measures all. L1 is the mean error of a and b, and L1/grey divides it by that of a grey guess.
     PSNR tells how small the error of RGB is, in dB: more is better. chroma, the mean of
     sqrt(a^2 + b^2), is relative to that of the true colours, near 0 for grey. D(y) and D(G(x)) are
     D's mean outputs. --generate N writes the first N, coloured
@@ -50,19 +50,19 @@ Differs from the paper:
   - the fakes of D's last step serve G, as in the paper's code, for wgan too. wgan's score of an
     image is the mean over its patches. ebgan.py's pull-away term is left out
   - Fabbri's report prints G's saturating loss, log(1 - D), and 8 epochs. What follows is from his
-    code. L_D is halved for lsgan alone. beta1 is 0.9. Photos are cropped at random and G enlarges
+    code: it halves L_D for lsgan alone, beta1 is 0.9, photos are cropped at random. G enlarges
     maps by resizing, except with wgan. G's first layer has no skip connection. On D's output lsgan
     has a sigmoid, wgan a LeakyReLU; wgan clips at 0.005. Grey photos of one set are left out
   - his code trains gan and lsgan at 1e-4, wgan at 5e-5. Its weight 1 of L2 is on half a sum, and
     drowns L_A: that is --l2 batch * size^2, or 262144 for batches of 4 at 256 px
   - its autoencoder does not see x, and its margin of 80 is for another energy. Ours is a mean
-    square: 0.013 (CIFAR-10) or 0.02 (CelebA) for a photo that comes back grey. m must be less, or D
-    can win by copying all as grey
+    square: 0.013 (CIFAR-10) or 0.02 (CelebA) for a photo that comes back grey. m must be less: else
+    D loses nothing by copying all as grey
 
 Try (README.md says what happens):
   - --adversarial-weight 0: which of L1/grey, PSNR and chroma gets better, which worse?
   - --adversarial-weight 20: L1/grey above 1 is worse than grey. What about chroma?
-  - 0 * maps.pop(), no skips: why are the edges still sharp? What is lost?
+  - 0 * maps.pop() in the loop, no skips: why are the edges still sharp? What is lost?
 
     python pix2pix_color.py                                       # cartoon faces, on a CPU
     python pix2pix_color.py --data celeba                         # photographs of faces
@@ -259,7 +259,7 @@ def d_loss(real, fake, adversarial, margin):
             return ((real - 1).square().mean() + fake.square().mean()) / 2
         case "wgan":
             return fake.mean() - real.mean()
-        case "ebgan":  # the hinge, max(0, .), of each image: the other fakes do not matter
+        case "ebgan":  # the hinge of each image: a fake with an energy above m adds nothing
             return real.mean() + relu(margin - fake).mean()
 
 
@@ -604,7 +604,7 @@ Data = namedtuple("Data", "images labels names digest", defaults=[""])
 SETS = {"cartoon": 32, "mnist": 28, "fashion_mnist": 28, "cifar10": 32, "celeba": 64}  # their sizes
 FACE = ["Blond_Hair", "Eyeglasses", "Mouth_Slightly_Open", "Smiling", "Wearing_Lipstick"]
 YES_NO = {"1": 1, "1.0": 1, "True": 1, "0": 0, "0.0": 0, "False": 0, "-1": 0, "-1.0": 0}
-# Above: a label in a table. Below: numbers that must be above 0; what a resumed run must keep.
+# Above: how a table writes a label. Below: flags that must be above 0; those that --resume keeps.
 ABOVE_0 = "batch clip critic_steps epochs g_steps generate init_std lr margin steps width".split()
 FIXED = "adversarial attribute beta1 extractor init_std no_labels size width".split()
 
@@ -642,7 +642,7 @@ def load_images(name, size, root="data", split="train"):
 
 def prepare_images(name, size, items, open_item, labels, names, file):
     """-> Data, its pixels in a file, not in memory. Copies and unreadable files are left out."""
-    order = random.Random(0).sample(range(len(items)), len(items))  # random, always the same
+    order = random.Random(0).sample(range(len(items)), len(items))  # mixed: images[:64] are varied
     kept, contents, broken, digest = [], set(), [], hashlib.sha1()
 
     def decode(i):
@@ -729,10 +729,10 @@ def find_celeba(root, split):
 def read_table(file):
     """CelebA's table -> {number of an image: bytes, 0 or 1 for each of K attributes}, K names."""
     text = Path(file).read_text("utf-8-sig").translate({ord(c): " " for c in ',;"'})
-    lines = text.strip().splitlines()  # of words between blanks
+    lines = text.strip().splitlines()  # words with blanks between them
     start = 1 if lines and lines[0].split()[1:] else 2  # line 1 of the authors' is the row count
     names, rows = "".join(lines[start - 1 : start]).replace("image_id", "").split(), {}
-    for i, line in enumerate(lines[start:], start + 1):  # 000001.jpg -1 1 ..., or 7 000001.jpg
+    for i, line in enumerate(lines[start:], start + 1):  # 000001.jpg -1 1, or 7 000001.jpg -1 1
         image, *values = line.split()[-1 - len(names) :] or [""]
         number = re.fullmatch(r"(\d+)\.[a-zA-Z]+", image)
         wrong = not number or len(values) < len(names) or not set(values) <= YES_NO.keys()
@@ -751,7 +751,7 @@ def find_folder(name):
     parts = {file: os.path.relpath(file, name).split(os.sep) for file in list_files(name)}
     inside = [p[0] for p in parts.values() if p[1:]]
     names = sorted(set(inside))
-    # Sub-folders of train, or of an only folder, must be the labels. (train comes first.)
+    # In train, or in a single folder, sub-folders are meant as the labels: say so. (train first)
     for top, *rest in sorted(parts.values(), key=lambda p: p[0].lower() != "train"):
         of_a_set = top.lower() in ("train", "test", "val", "valid", "validation")
         if len(rest) > 1 and (of_a_set or names == [top]):
@@ -788,7 +788,7 @@ def open_image(path):
     image = ImageOps.exif_transpose(Image.open(path))
     if image.mode[0] in "IF":  # 16 bits, or fractions: convert() would clip them
         values = np.asarray(image, np.float64)
-        white = 65535 if image.mode[0] == "I" else 255 if values.max() > 1 else 1  # its value
+        white = 65535 if image.mode[0] == "I" else 255 if values.max() > 1 else 1  # white's
         if not 0 <= values.min() <= values.max() <= white:
             raise ValueError(f"its values, {values.min():g} to {values.max():g}, may mean anything")
         image = Image.fromarray((255 / white * values).round().astype(np.uint8))
@@ -798,7 +798,7 @@ def open_image(path):
 
 
 def draw_face(seed, side, labels):
-    """A cartoon face with the labels of FACE (five of 0 and 1); all the rest is random."""
+    """A cartoon face with the labels of FACE (five numbers, 0 or 1); all the rest is random."""
     blond, glasses, open_mouth, smile, lipstick = labels
     rng = random.Random(seed)
     vary, tan = rng.uniform, rng.random()
@@ -918,7 +918,7 @@ def main(argv=None):
         return args, get_data(args)
 
     try:
-        begun = begin() if RANK == 0 else None  # the first of torchrun's processes tells mistakes
+        begun = begin() if RANK == 0 else None  # the first of torchrun's processes reports mistakes
         if RANKS > 1:  # and prepares the data, while the others wait here
             kinds = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
             distributed.init_process_group(kinds)  # gloo connects CPUs, nccl GPUs

@@ -5,7 +5,7 @@ D becomes a critic: it gives an image a score, any number, high for real ones. T
 mean scores of real and of fake images measures how far apart the two distributions are, by the
 Wasserstein-1 or Earth Mover's distance. If they were heaps of earth, this would be the least work
 (amount times distance) that turns one into the other. W falls as the fakes approach the data, even
-while D recognises every one of them: its slope does not vanish. So D may be trained to the end.
+while D recognises every one of them: its slope does not vanish. So D cannot be trained too well.
 
 D must be K-Lipschitz: the scores of two images differ at most K times as much as the images do.
 Without this bound D could widen the gap just by larger scores. With it, the largest possible gap is
@@ -30,9 +30,9 @@ Changes from dcgan.py:
 Differs from the paper:
   - D is clipped before its first step, too, as in the paper's code. Before clipping, gradients are
     up to 360 times larger, and RMSprop, which divides by a running average of their size, would
-    make too small steps for a thousand steps
+    move the weights too little for a thousand steps
   - the paper's code makes 100 steps of D for each of G's first 25 steps and for every 500th
-  - --epochs counts G's images; the paper's code counts D's, which are five times as many
+  - --epochs counts a batch for each step of G; the paper's code those of D, five times as many
   - as in dcgan.py, batches are drawn with replacement; pictures have BatchNorm's running averages
   - C. Fabbri, "A Comparative Study of GANs Towards Automatic Image Colorization", 2017, says that
     the paper clips at 0.1 (it is 0.01), and that 0.05 is better. His code has 0.005
@@ -375,7 +375,7 @@ Data = namedtuple("Data", "images labels names digest", defaults=[""])
 SETS = {"cartoon": 32, "mnist": 28, "fashion_mnist": 28, "cifar10": 32, "celeba": 64}  # their sizes
 FACE = ["Blond_Hair", "Eyeglasses", "Mouth_Slightly_Open", "Smiling", "Wearing_Lipstick"]
 YES_NO = {"1": 1, "1.0": 1, "True": 1, "0": 0, "0.0": 0, "False": 0, "-1": 0, "-1.0": 0}
-# Above: a label in a table. Below: numbers that must be above 0; what a resumed run must keep.
+# Above: how a table writes a label. Below: flags that must be above 0; those that --resume keeps.
 ABOVE_0 = "batch clip critic_steps epochs g_steps generate init_std lr margin steps width".split()
 FIXED = "adversarial attribute beta1 extractor init_std no_labels size width".split()
 
@@ -413,7 +413,7 @@ def load_images(name, size, root="data", split="train"):
 
 def prepare_images(name, size, items, open_item, labels, names, file):
     """-> Data, its pixels in a file, not in memory. Copies and unreadable files are left out."""
-    order = random.Random(0).sample(range(len(items)), len(items))  # random, always the same
+    order = random.Random(0).sample(range(len(items)), len(items))  # mixed: images[:64] are varied
     kept, contents, broken, digest = [], set(), [], hashlib.sha1()
 
     def decode(i):
@@ -500,10 +500,10 @@ def find_celeba(root, split):
 def read_table(file):
     """CelebA's table -> {number of an image: bytes, 0 or 1 for each of K attributes}, K names."""
     text = Path(file).read_text("utf-8-sig").translate({ord(c): " " for c in ',;"'})
-    lines = text.strip().splitlines()  # of words between blanks
+    lines = text.strip().splitlines()  # words with blanks between them
     start = 1 if lines and lines[0].split()[1:] else 2  # line 1 of the authors' is the row count
     names, rows = "".join(lines[start - 1 : start]).replace("image_id", "").split(), {}
-    for i, line in enumerate(lines[start:], start + 1):  # 000001.jpg -1 1 ..., or 7 000001.jpg
+    for i, line in enumerate(lines[start:], start + 1):  # 000001.jpg -1 1, or 7 000001.jpg -1 1
         image, *values = line.split()[-1 - len(names) :] or [""]
         number = re.fullmatch(r"(\d+)\.[a-zA-Z]+", image)
         wrong = not number or len(values) < len(names) or not set(values) <= YES_NO.keys()
@@ -522,7 +522,7 @@ def find_folder(name):
     parts = {file: os.path.relpath(file, name).split(os.sep) for file in list_files(name)}
     inside = [p[0] for p in parts.values() if p[1:]]
     names = sorted(set(inside))
-    # Sub-folders of train, or of an only folder, must be the labels. (train comes first.)
+    # In train, or in a single folder, sub-folders are meant as the labels: say so. (train first)
     for top, *rest in sorted(parts.values(), key=lambda p: p[0].lower() != "train"):
         of_a_set = top.lower() in ("train", "test", "val", "valid", "validation")
         if len(rest) > 1 and (of_a_set or names == [top]):
@@ -559,7 +559,7 @@ def open_image(path):
     image = ImageOps.exif_transpose(Image.open(path))
     if image.mode[0] in "IF":  # 16 bits, or fractions: convert() would clip them
         values = np.asarray(image, np.float64)
-        white = 65535 if image.mode[0] == "I" else 255 if values.max() > 1 else 1  # its value
+        white = 65535 if image.mode[0] == "I" else 255 if values.max() > 1 else 1  # white's
         if not 0 <= values.min() <= values.max() <= white:
             raise ValueError(f"its values, {values.min():g} to {values.max():g}, may mean anything")
         image = Image.fromarray((255 / white * values).round().astype(np.uint8))
@@ -569,7 +569,7 @@ def open_image(path):
 
 
 def draw_face(seed, side, labels):
-    """A cartoon face with the labels of FACE (five of 0 and 1); all the rest is random."""
+    """A cartoon face with the labels of FACE (five numbers, 0 or 1); all the rest is random."""
     blond, glasses, open_mouth, smile, lipstick = labels
     rng = random.Random(seed)
     vary, tan = rng.uniform, rng.random()
@@ -689,7 +689,7 @@ def main(argv=None):
         return args, get_data(args)
 
     try:
-        begun = begin() if RANK == 0 else None  # the first of torchrun's processes tells mistakes
+        begun = begin() if RANK == 0 else None  # the first of torchrun's processes reports mistakes
         if RANKS > 1:  # and prepares the data, while the others wait here
             kinds = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
             distributed.init_process_group(kinds)  # gloo connects CPUs, nccl GPUs
