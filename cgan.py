@@ -169,7 +169,7 @@ def add_arguments(parser):
     parser.epilog = "--batch and --epochs are Marchiori's (2021), --lr is ours."
     add = parser.add_argument
     add("--no-labels", action="store_true", help="a GAN without conditions")
-    add("--labels", metavar="A,B", help="what --generate draws; A,-B is attribute A and not B")
+    add("--labels", metavar="A,B", help="what --generate draws; A,-B: A, not B; --labels=-B: not B")
     add("--beta1", type=float, default=0.5, help="Adam's beta1, its momentum (0.5; 0.9 in Keras)")
     return {"batch": 16, "lr": 1e-3, "epochs": 24}  # small batches: more steps for the same time
 
@@ -181,6 +181,8 @@ def train(args, data):
     if args.batch == 1:
         user_error("--batch 1: the BatchNorm in G needs at least two images")
     channels, classes = data.images.shape[1], 0 if args.no_labels else len(data.names)
+    if args.labels and not (args.generate and classes):
+        user_error("--labels is for --generate, and for a run with labels")
     to_device = {"device": args.device, "memory_format": LAYOUT}  # for faster convolutions
     G = Generator(channels, args.size, classes).to(**to_device)
     D = Discriminator(channels, args.size, classes).to(**to_device)
@@ -232,7 +234,7 @@ def sample_labels(data, n, device):
 def parse_labels(text, names):
     """A,-B -> {index of A: 1, index of B: 0}. (The name of a class may be "A,B".)"""
     chosen = {}
-    for part in [text] if text in names else text.split(","):
+    for part in [text] if text in names else map(str.strip, text.split(",")):
         if part.removeprefix("-") not in names:
             user_error(f"there is no label {part}, but {', '.join(names)}")
         chosen[names.index(part.removeprefix("-"))] = int(not part.startswith("-"))
@@ -252,8 +254,9 @@ def label_draws(args, G, sample_z, data):
         return G(sample_z(n), torch.eye(len(names), device=args.device)[[k] * n])
 
     if (data.labels.sum(1) == 1).all():
+        asked = [k for k, value in chosen.items() if value]  # if only -B is: all but B
         return {names[k].replace("/", "-"): functools.partial(draw_class, k)
-                for k in chosen or range(len(names))}
+                for k in asked or sorted({*range(len(names))} - {*chosen})}
     y = sample_labels(data, args.generate, args.device)
     for k, value in chosen.items():
         y[:, k] = value
@@ -374,9 +377,8 @@ def record(args, data, to_save, rows, step, picture, last):
         if last:
             files = sorted(out.glob("samples/[0-9]*.png"))
             frames = [Image.open(file) for file in [*files[:-1:4], files[-1]]]  # each fourth
-            first, *others = [frame.reduce(math.ceil(max(frame.size) / 300)) for frame in frames]
-            first.save(out / "training.gif", append_images=others, save_all=True, duration=200,
-                       loop=0)
+            head, *tail = [frame.reduce(math.ceil(max(frame.size) / 300)) for frame in frames]
+            head.save(out / "training.gif", append_images=tail, save_all=True, duration=200, loop=0)
         if rows:
             names = list(rows[0])
             draw_curves(names, table.T).save(out / "curves.png")
@@ -399,8 +401,9 @@ def save(content, file):
         torch.save(content, part)
         os.replace(part, file)
     except (OSError, RuntimeError) as error:  # torch calls a full disk a RuntimeError
-        part.unlink(missing_ok=True)
         user_error(f"{file} cannot be written: {error}")
+    finally:
+        part.unlink(missing_ok=True)  # it is still there after an error, or Ctrl-C
 
 
 def draw_curves(names, columns):
@@ -543,8 +546,8 @@ def find_images(name, size, root, split):
     kind = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "cifar10": "CIFAR10"}[name]
     try:
         found = getattr(torchvision.datasets, kind)(root, train=split == "train", download=True)
-    except (RuntimeError, OSError) as error:
-        user_error(f"{name} is not in {root}, and could not be downloaded: {error}")
+    except Exception as error:  # a damaged file can make torchvision raise anything
+        user_error(f"{name} is not in {root}, or is damaged, and could not be downloaded: {error}")
     pixels, labels = np.asarray(found.data), np.eye(10, dtype=np.uint8)[list(found.targets)]
     if name != "cifar10" and size != 28:  # a frame makes 28 px 32: sharper than scaling
         pixels = np.pad(pixels, ((0, 0), (2, 2), (2, 2)))
@@ -722,7 +725,7 @@ def parse_arguments(argv):
         if script != SCRIPT:
             user_error(f"{out} is a run of another script, or of an earlier version")
         parser.set_defaults(**checkpoint["settings"])
-    elif RANK == 0 and (out / "samples").exists():
+    elif RANK == 0 and any((out / name).exists() for name in ("samples", "checkpoint.pt")):
         user_error(f"{out} holds a run already: --resume it, delete it, or choose another --out")
     args = parser.parse_args(argv)
     for flag, value in checkpoint.get("settings", {}).items():

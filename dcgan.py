@@ -292,9 +292,8 @@ def record(args, data, to_save, rows, step, picture, last):
         if last:
             files = sorted(out.glob("samples/[0-9]*.png"))
             frames = [Image.open(file) for file in [*files[:-1:4], files[-1]]]  # each fourth
-            first, *others = [frame.reduce(math.ceil(max(frame.size) / 300)) for frame in frames]
-            first.save(out / "training.gif", append_images=others, save_all=True, duration=200,
-                       loop=0)
+            head, *tail = [frame.reduce(math.ceil(max(frame.size) / 300)) for frame in frames]
+            head.save(out / "training.gif", append_images=tail, save_all=True, duration=200, loop=0)
         if rows:
             names = list(rows[0])
             draw_curves(names, table.T).save(out / "curves.png")
@@ -317,8 +316,9 @@ def save(content, file):
         torch.save(content, part)
         os.replace(part, file)
     except (OSError, RuntimeError) as error:  # torch calls a full disk a RuntimeError
-        part.unlink(missing_ok=True)
         user_error(f"{file} cannot be written: {error}")
+    finally:
+        part.unlink(missing_ok=True)  # it is still there after an error, or Ctrl-C
 
 
 def draw_curves(names, columns):
@@ -461,8 +461,8 @@ def find_images(name, size, root, split):
     kind = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "cifar10": "CIFAR10"}[name]
     try:
         found = getattr(torchvision.datasets, kind)(root, train=split == "train", download=True)
-    except (RuntimeError, OSError) as error:
-        user_error(f"{name} is not in {root}, and could not be downloaded: {error}")
+    except Exception as error:  # a damaged file can make torchvision raise anything
+        user_error(f"{name} is not in {root}, or is damaged, and could not be downloaded: {error}")
     pixels, labels = np.asarray(found.data), np.eye(10, dtype=np.uint8)[list(found.targets)]
     if name != "cifar10" and size != 28:  # a frame makes 28 px 32: sharper than scaling
         pixels = np.pad(pixels, ((0, 0), (2, 2), (2, 2)))
@@ -640,7 +640,7 @@ def parse_arguments(argv):
         if script != SCRIPT:
             user_error(f"{out} is a run of another script, or of an earlier version")
         parser.set_defaults(**checkpoint["settings"])
-    elif RANK == 0 and (out / "samples").exists():
+    elif RANK == 0 and any((out / name).exists() for name in ("samples", "checkpoint.pt")):
         user_error(f"{out} holds a run already: --resume it, delete it, or choose another --out")
     args = parser.parse_args(argv)
     for flag, value in checkpoint.get("settings", {}).items():

@@ -37,9 +37,8 @@ Differs from Espis and Potrimba:
   - their network learns from CelebA's training images, this one from REAL, whatever that is
   - the report says 20,000 images to learn from and names no optimiser. Here, as in their notebook,
     it is 15,000 (10,000 and their deformed copies, less a quarter), Adam at 1e-5, batches of 32
-  - at that rate it learned next to nothing in 12 epochs of 6,000 faces; at 1e-4, from the fourth on
   - their accuracy of 97 % is that on deformed images alone: their split is not shuffled. Here both
-    kinds are held out, and both accuracies are given
+    kinds are held out. On CelebA it was right on 53 % after 10 epochs, 77 after 50, 87 after 100
   - all colours are deformed alike; in the notebook, coloured fringes give a deformed image away
 
     python fid.py celeba runs/dcgan-celeba --split test --n 10000    # after --generate 10000
@@ -463,10 +462,10 @@ def read_arguments(argv):
             user_error(f"--{flag} {value}: it must be above 0")
     if not args.fake and (args.quality_index or not args.save):
         user_error("FAKE is missing: what is REAL to be compared with?")
-    if args.save and (os.path.isfile(args.real) or not Path(args.save).absolute().parent.is_dir()):
-        user_error(f"--save {args.save}: REAL must be images, and the folder to save in must exist")
-    if args.quality_index:
-        args.size = 64  # its network is built for no other
+    if args.save and (args.quality_index or os.path.isfile(args.real)
+                      or not os.access(Path(args.save).absolute().parent, os.W_OK)):
+        user_error(f"--save {args.save}: it is for FID, for images REAL, and a writable folder")
+    args.size = 64 if args.quality_index else args.size  # its network is built for no other
     args.device = torch.device(args.device or devices[0])
     return args
 
@@ -539,8 +538,9 @@ def save(content, file):
         torch.save(content, part)
         os.replace(part, file)
     except (OSError, RuntimeError) as error:  # torch calls a full disk a RuntimeError
-        part.unlink(missing_ok=True)
         user_error(f"{file} cannot be written: {error}")
+    finally:
+        part.unlink(missing_ok=True)  # it is still there after an error, or Ctrl-C
 
 
 def prepare_images(name, size, items, open_item, labels, names, file):
@@ -595,8 +595,8 @@ def find_images(name, size, root, split):
     kind = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "cifar10": "CIFAR10"}[name]
     try:
         found = getattr(torchvision.datasets, kind)(root, train=split == "train", download=True)
-    except (RuntimeError, OSError) as error:
-        user_error(f"{name} is not in {root}, and could not be downloaded: {error}")
+    except Exception as error:  # a damaged file can make torchvision raise anything
+        user_error(f"{name} is not in {root}, or is damaged, and could not be downloaded: {error}")
     pixels, labels = np.asarray(found.data), np.eye(10, dtype=np.uint8)[list(found.targets)]
     if name != "cifar10" and size != 28:  # a frame makes 28 px 32: sharper than scaling
         pixels = np.pad(pixels, ((0, 0), (2, 2), (2, 2)))

@@ -111,16 +111,22 @@ def test_a_number_that_must_be_above_0_is_and_is_finite(module, alone, capsys):
     assert not wrong and tree(alone) == before
 
 
-@pytest.mark.parametrize("name", ["mnist", "fashion_mnist", "cifar10"])
+@pytest.mark.parametrize("name", ["mnist", "fashion_mnist", "cifar10", "damaged"])
 def test_a_set_that_is_not_there_without_a_network_is_one_line(name, tmp_path, capsys, monkeypatch):
     def urlopen(*args, **options):
         raise urllib.error.URLError("no network")
 
     monkeypatch.setattr("urllib.request.urlopen", urlopen)
     monkeypatch.chdir(tmp_path)
+    if name == "damaged":  # files that were not unpacked to their ends
+        name, raw = "mnist", tmp_path / "data" / "MNIST" / "raw"
+        raw.mkdir(parents=True)
+        for part in ("train", "t10k"):
+            (raw / f"{part}-images-idx3-ubyte").touch()
+            (raw / f"{part}-labels-idx1-ubyte").touch()
     assert call(dcgan, "--data", name) == 2
     error = capsys.readouterr().err
-    assert f"{name} is not in data, and could not be downloaded: " in error
+    assert f"{name} is not in data, or is damaged, and could not be downloaded: " in error
     assert error.count("\n") == 1 and not (tmp_path / "runs").exists()
 
 

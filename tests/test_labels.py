@@ -31,7 +31,8 @@ def classes(module, monkeypatch):
 
 
 @pytest.mark.parametrize(("flags", "drawn"), [
-    ([], [0, 1, 2]), (["--labels", "cat,dog"], [2, 1]), (["--labels", "a/b, c"], [0])])
+    ([], [0, 1, 2]), (["--labels", "cat, dog"], [2, 1]), (["--labels", "a/b, c"], [0]),
+    (["--labels=-cat"], [0, 1]), (["--labels", "dog,-cat"], [1])])
 def test_each_class_gets_a_folder_with_n_images(
         module, given, tmp_path, monkeypatch, capsys, flags, drawn):
     monkeypatch.chdir(tmp_path)
@@ -75,6 +76,21 @@ def test_a_label_that_is_not_there_is_one_line(module, tmp_path, monkeypatch, ca
     assert call(module, "--out", "run", "--generate", 2, "--labels", "Smiling,Sad") == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "there is no label Sad, but Blond_Hair, Eyeglasses" in error
+
+
+def test_labels_that_nothing_would_draw_are_refused(module, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    tiny = [*TINY, "--root", DATA, "--steps", 1]
+    calls = [[*tiny, "--labels", "Smiling"]]  # in training
+    if module.__name__ == "cgan":
+        assert call(module, *tiny, "--no-labels", "--out", "gan") == 0
+        calls.append(["--out", "gan", "--generate", 2, "--labels", "Smiling"])
+    for flags in calls:
+        capsys.readouterr()
+        assert call(module, *flags) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and "--labels is for --generate" in error
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_picture_of_many_classes_has_sixteen_columns(module):

@@ -225,6 +225,17 @@ def test_only_the_checkpoint_must_be_written(tmp_path, monkeypatch, capsys):
     assert len((tmp_path / "run" / "losses.csv").read_text().splitlines()) == 7
 
 
+def test_a_save_that_is_stopped_leaves_nothing_behind(tmp_path, monkeypatch):
+    def save_and_stop(content, file):
+        Path(file).write_text("a part")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", save_and_stop)
+    with pytest.raises(KeyboardInterrupt):
+        dcgan.save({}, tmp_path / "checkpoint.pt")
+    assert tree(tmp_path) == {}
+
+
 def test_a_full_disk_is_one_line_and_the_checkpoint_before_stays(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert call(dcgan, "--steps", 1, *SMALL, "--out", "run") == 0
@@ -276,13 +287,15 @@ def test_resume_takes_another_learning_rate(tmp_path, monkeypatch):
 def test_a_run_is_never_overwritten(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert call(dcgan, "--steps", 1, *SMALL, "--out", "run") == 0
-    before = tree("run")
-    capsys.readouterr()
-    assert call(dcgan, "--steps", 2, *SMALL, "--out", "run") == 2
-    assert "run holds a run already" in capsys.readouterr().err
-    assert call(dcgan, "--resume", "--out", "run") == 2  # it has made its one step
-    assert "1 steps" in capsys.readouterr().err
-    assert tree("run") == before
+    for gone in ("nothing", "samples"):  # a checkpoint without pictures is a run, too
+        shutil.rmtree(f"run/{gone}", ignore_errors=True)
+        before = tree("run")
+        capsys.readouterr()
+        assert call(dcgan, "--steps", 2, *SMALL, "--out", "run") == 2
+        assert "run holds a run already" in capsys.readouterr().err
+        assert call(dcgan, "--resume", "--out", "run") == 2  # it has made its one step
+        assert "1 steps" in capsys.readouterr().err
+        assert tree("run") == before
 
 
 def test_two_runs_never_mix(tmp_path, monkeypatch, capsys):
