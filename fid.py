@@ -22,7 +22,7 @@ the same weights and resizing. (Espis and Potrimba, see below, give none of the 
 behind their FIDs of 11.21 and 19.42.) KID is not biased, and may fall below 0 by chance. Between a
 set and itself, or copies of its images, it is below 0 on average: pairs of equal images count in
 the last term alone. KID is given as mean +- standard deviation over 100 random subsets of 1,000
-images, or of as many as the smaller set has. (Two equal sets of at most 1,000: once, as a whole.)
+images, or of as many as the smaller set has. (Two of one size, at most 1,000: once, as a whole.)
 
 --quality-index is an idea of Espis and Potrimba ("Deep Learning Project", University of Bologna,
 2020) that did not work. A network learns to tell real images from elastically deformed copies of
@@ -463,8 +463,8 @@ def read_arguments(argv):
     if not args.fake and (args.quality_index or not args.save):
         user_error("FAKE is missing: what is REAL to be compared with?")
     if args.save and (args.quality_index or os.path.isfile(args.real)
-                      or not os.access(Path(args.save).absolute().parent, os.W_OK)):
-        user_error(f"--save {args.save}: it is for FID, for images REAL, and a writable folder")
+                      or not Path(args.save).absolute().parent.is_dir()):
+        user_error(f"--save {args.save}: for FID, with images as REAL, in a folder that exists")
     args.size = 64 if args.quality_index else args.size  # its network is built for no other
     args.device = torch.device(args.device or devices[0])
     return args
@@ -596,7 +596,7 @@ def find_images(name, size, root, split):
     try:
         found = getattr(torchvision.datasets, kind)(root, train=split == "train", download=True)
     except Exception as error:  # a damaged file can make torchvision raise anything
-        user_error(f"{name} is not in {root}, or is damaged, and could not be downloaded: {error}")
+        user_error(f"{name} is missing in {root}, or damaged (delete it); no download: {error!r}")
     pixels, labels = np.asarray(found.data), np.eye(10, dtype=np.uint8)[list(found.targets)]
     if name != "cifar10" and size != 28:  # a frame makes 28 px 32: sharper than scaling
         pixels = np.pad(pixels, ((0, 0), (2, 2), (2, 2)))
@@ -691,7 +691,7 @@ def open_image(path):
     image = ImageOps.exif_transpose(Image.open(path))
     if image.mode[0] in "IF":  # 16 bits, or fractions: convert() would clip them
         values = np.asarray(image, np.float64)
-        white = 65535 if image.mode[0] == "I" else 255 if values.max() > 1 else 1  # white's
+        white = 65535 if image.mode[0] == "I" else 255 if values.max() > 1 else 1  # white's value
         if not 0 <= values.min() <= values.max() <= white:
             raise ValueError(f"its values, {values.min():g} to {values.max():g}, may mean anything")
         image = Image.fromarray((255 / white * values).round().astype(np.uint8))

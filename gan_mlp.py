@@ -37,7 +37,7 @@ Differs from the paper:
 
 Try (README.md says what happens):
   - --saturating --steps 300: how large is D(G(z)) at the end? What does G learn from that?
-  - in d_loss, -torch.log(torch.sigmoid(...)) for softplus, --lr 2e-2: what is nan or inf first?
+  - in d_loss, -torch.log(torch.sigmoid(...)) for softplus, --lr 2e-2 --steps 10: what is inf first?
   - remove detach(): what error? Add retain_graph=True to D's backward(): same losses? Same time?
 
     python gan_mlp.py                                # cartoon faces, on a CPU, no download
@@ -340,7 +340,7 @@ Data = namedtuple("Data", "images labels names digest", defaults=[""])
 SETS = {"cartoon": 32, "mnist": 28, "fashion_mnist": 28, "cifar10": 32, "celeba": 64}  # their sizes
 FACE = ["Blond_Hair", "Eyeglasses", "Mouth_Slightly_Open", "Smiling", "Wearing_Lipstick"]
 YES_NO = {"1": 1, "1.0": 1, "True": 1, "0": 0, "0.0": 0, "False": 0, "-1": 0, "-1.0": 0}
-# Above: how a table writes a label. Below: flags that must be above 0; those that --resume keeps.
+# Above: how a table writes a label. Below: flags that must be above 0; that --resume must keep.
 ABOVE_0 = "batch clip critic_steps epochs g_steps generate init_std lr margin steps width".split()
 FIXED = "adversarial attribute beta1 extractor init_std no_labels size width".split()
 
@@ -429,7 +429,7 @@ def find_images(name, size, root, split):
     try:
         found = getattr(torchvision.datasets, kind)(root, train=split == "train", download=True)
     except Exception as error:  # a damaged file can make torchvision raise anything
-        user_error(f"{name} is not in {root}, or is damaged, and could not be downloaded: {error}")
+        user_error(f"{name} is missing in {root}, or damaged (delete it); no download: {error!r}")
     pixels, labels = np.asarray(found.data), np.eye(10, dtype=np.uint8)[list(found.targets)]
     if name != "cifar10" and size != 28:  # a frame makes 28 px 32: sharper than scaling
         pixels = np.pad(pixels, ((0, 0), (2, 2), (2, 2)))
@@ -524,7 +524,7 @@ def open_image(path):
     image = ImageOps.exif_transpose(Image.open(path))
     if image.mode[0] in "IF":  # 16 bits, or fractions: convert() would clip them
         values = np.asarray(image, np.float64)
-        white = 65535 if image.mode[0] == "I" else 255 if values.max() > 1 else 1  # white's
+        white = 65535 if image.mode[0] == "I" else 255 if values.max() > 1 else 1  # white's value
         if not 0 <= values.min() <= values.max() <= white:
             raise ValueError(f"its values, {values.min():g} to {values.max():g}, may mean anything")
         image = Image.fromarray((255 / white * values).round().astype(np.uint8))

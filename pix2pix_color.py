@@ -16,8 +16,8 @@ is conditional. It learns that brown shirts are rare, and makes G decide.
     wgan    E[D(x, y')] - E[D(x, y)]                           -E[D(x, y')]              1701.07875
     ebgan   E[D(x, y)] + E[max(0, m - D(x, y'))]               E[D(x, y')]               1609.03126
 
---adversarial chooses L_D and the adversarial loss L_A. D gives scores to lsgan and wgan, high for
-real; to ebgan an energy, low for real, and D raises that of fakes up to the margin m. w is
+--adversarial chooses L_D and the adversarial loss L_A. In lsgan and wgan D gives scores, high for
+real; in ebgan an energy, low for real, and D raises that of fakes up to the margin m. w is
 --adversarial-weight. The larger it is, the more colour there is, and the more error: a bold guess
 is further from the truth, on average, than a pale one. The four L_A differ in scale. On CIFAR-10,
 w * L_A gave G a gradient a quarter to a half as large as 100 * E[|y - y'|] did, with w = 1 for gan,
@@ -406,8 +406,6 @@ def colorize(args):
     G.load_state_dict(args.checkpoint["state"]["G"])
     folder = Path(args.out) / "colorized"
     folder.mkdir(exist_ok=True)
-    for old in folder.glob("[0-9]*.png"):  # of an earlier call
-        old.unlink()
     for i, path in enumerate(photos):
         try:
             photo = open_image(path)
@@ -606,7 +604,7 @@ Data = namedtuple("Data", "images labels names digest", defaults=[""])
 SETS = {"cartoon": 32, "mnist": 28, "fashion_mnist": 28, "cifar10": 32, "celeba": 64}  # their sizes
 FACE = ["Blond_Hair", "Eyeglasses", "Mouth_Slightly_Open", "Smiling", "Wearing_Lipstick"]
 YES_NO = {"1": 1, "1.0": 1, "True": 1, "0": 0, "0.0": 0, "False": 0, "-1": 0, "-1.0": 0}
-# Above: how a table writes a label. Below: flags that must be above 0; those that --resume keeps.
+# Above: how a table writes a label. Below: flags that must be above 0; that --resume must keep.
 ABOVE_0 = "batch clip critic_steps epochs g_steps generate init_std lr margin steps width".split()
 FIXED = "adversarial attribute beta1 extractor init_std no_labels size width".split()
 
@@ -695,7 +693,7 @@ def find_images(name, size, root, split):
     try:
         found = getattr(torchvision.datasets, kind)(root, train=split == "train", download=True)
     except Exception as error:  # a damaged file can make torchvision raise anything
-        user_error(f"{name} is not in {root}, or is damaged, and could not be downloaded: {error}")
+        user_error(f"{name} is missing in {root}, or damaged (delete it); no download: {error!r}")
     pixels, labels = np.asarray(found.data), np.eye(10, dtype=np.uint8)[list(found.targets)]
     if name != "cifar10" and size != 28:  # a frame makes 28 px 32: sharper than scaling
         pixels = np.pad(pixels, ((0, 0), (2, 2), (2, 2)))
@@ -790,7 +788,7 @@ def open_image(path):
     image = ImageOps.exif_transpose(Image.open(path))
     if image.mode[0] in "IF":  # 16 bits, or fractions: convert() would clip them
         values = np.asarray(image, np.float64)
-        white = 65535 if image.mode[0] == "I" else 255 if values.max() > 1 else 1  # white's
+        white = 65535 if image.mode[0] == "I" else 255 if values.max() > 1 else 1  # white's value
         if not 0 <= values.min() <= values.max() <= white:
             raise ValueError(f"its values, {values.min():g} to {values.max():g}, may mean anything")
         image = Image.fromarray((255 / white * values).round().astype(np.uint8))

@@ -5,7 +5,7 @@ D becomes a critic: it gives an image a score, any number, high for real ones. T
 mean scores of real and of fake images measures how far apart the two distributions are, by the
 Wasserstein-1 or Earth Mover's distance. If they were heaps of earth, this would be the least work
 (amount times distance) that turns one into the other. W falls as the fakes approach the data, even
-while D recognises every one of them: its slope does not vanish. So D cannot be trained too well.
+while D recognises every one of them: its slope does not vanish. So D may be trained thoroughly.
 
 D must be K-Lipschitz: the scores of two images differ at most K times as much as the images do.
 Without this bound D could widen the gap just by larger scores. With it, the largest possible gap is
@@ -32,7 +32,7 @@ Differs from the paper:
     up to 360 times larger, and RMSprop, which divides by a running average of their size, would
     move the weights too little for a thousand steps
   - the paper's code makes 100 steps of D for each of G's first 25 steps and for every 500th
-  - --epochs counts a batch for each step of G; the paper's code those of D, five times as many
+  - --epochs counts one batch for each step of G; the paper's code counts D's, five times as many
   - as in dcgan.py, batches are drawn with replacement; pictures have BatchNorm's running averages
   - C. Fabbri, "A Comparative Study of GANs Towards Automatic Image Colorization", 2017, says that
     the paper clips at 0.1 (it is 0.01), and that 0.05 is better. His code has 0.005
@@ -375,7 +375,7 @@ Data = namedtuple("Data", "images labels names digest", defaults=[""])
 SETS = {"cartoon": 32, "mnist": 28, "fashion_mnist": 28, "cifar10": 32, "celeba": 64}  # their sizes
 FACE = ["Blond_Hair", "Eyeglasses", "Mouth_Slightly_Open", "Smiling", "Wearing_Lipstick"]
 YES_NO = {"1": 1, "1.0": 1, "True": 1, "0": 0, "0.0": 0, "False": 0, "-1": 0, "-1.0": 0}
-# Above: how a table writes a label. Below: flags that must be above 0; those that --resume keeps.
+# Above: how a table writes a label. Below: flags that must be above 0; that --resume must keep.
 ABOVE_0 = "batch clip critic_steps epochs g_steps generate init_std lr margin steps width".split()
 FIXED = "adversarial attribute beta1 extractor init_std no_labels size width".split()
 
@@ -464,7 +464,7 @@ def find_images(name, size, root, split):
     try:
         found = getattr(torchvision.datasets, kind)(root, train=split == "train", download=True)
     except Exception as error:  # a damaged file can make torchvision raise anything
-        user_error(f"{name} is not in {root}, or is damaged, and could not be downloaded: {error}")
+        user_error(f"{name} is missing in {root}, or damaged (delete it); no download: {error!r}")
     pixels, labels = np.asarray(found.data), np.eye(10, dtype=np.uint8)[list(found.targets)]
     if name != "cifar10" and size != 28:  # a frame makes 28 px 32: sharper than scaling
         pixels = np.pad(pixels, ((0, 0), (2, 2), (2, 2)))
@@ -559,7 +559,7 @@ def open_image(path):
     image = ImageOps.exif_transpose(Image.open(path))
     if image.mode[0] in "IF":  # 16 bits, or fractions: convert() would clip them
         values = np.asarray(image, np.float64)
-        white = 65535 if image.mode[0] == "I" else 255 if values.max() > 1 else 1  # white's
+        white = 65535 if image.mode[0] == "I" else 255 if values.max() > 1 else 1  # white's value
         if not 0 <= values.min() <= values.max() <= white:
             raise ValueError(f"its values, {values.min():g} to {values.max():g}, may mean anything")
         image = Image.fromarray((255 / white * values).round().astype(np.uint8))

@@ -126,7 +126,7 @@ def test_a_set_that_is_not_there_without_a_network_is_one_line(name, tmp_path, c
             (raw / f"{part}-labels-idx1-ubyte").touch()
     assert call(dcgan, "--data", name) == 2
     error = capsys.readouterr().err
-    assert f"{name} is not in data, or is damaged, and could not be downloaded: " in error
+    assert f"{name} is missing in data, or damaged (delete it); no download: " in error
     assert error.count("\n") == 1 and not (tmp_path / "runs").exists()
 
 

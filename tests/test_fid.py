@@ -702,8 +702,9 @@ TABLE = [
     ("good good --weights none.pth", "FileNotFoundError"),
     ("good good --weights empty", "in empty:"),
     ("good --save no/such/out.npz", "--save no/such/out.npz"),
-    ("right.npz good --save out.npz", "--save out.npz: it is for FID, for images REAL"),
-    ("good good --quality-index --save out.npz", "--save out.npz: it is for FID"),
+    ("good --save file/out.npz", "--save file/out.npz: "),
+    ("right.npz good --save out.npz", "--save out.npz: for FID, with images as REAL"),
+    ("good good --quality-index --save out.npz", "--save out.npz: for FID"),
     ("good good --split middle", "--split"),
     ("good good --size big", "--size"),
     *((f"good good --{flag} {number}", f"--{flag} {number}: it must be above 0")

@@ -417,7 +417,9 @@ def trained(tmp_path_factory):
 
 @pytest.fixture
 def colorized(trained):
-    """What --colorize has written, without that of earlier calls -> a function: {name: image}."""
+    """What --colorize writes, without that of earlier tests -> a function: {name: image}."""
+    for old in trained.glob("colorized/*"):
+        old.unlink()
     return lambda: {path.name: Image.open(path) for path in trained.glob("colorized/*")}
 
 
