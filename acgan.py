@@ -39,7 +39,7 @@ Differs from the papers:
   - as in sngan.py, D's features are doubled after each LeakyReLU (GAIN). Otherwise D's outputs stay
     nearly 0, and G learns slowly. (sngan.py says more of spectral norm and linear layers.)
   - the report's D has one convolution less, and its G no spectral norm in the third doubling. It
-    does not say which network's features gave its FID of 19.42 (see fid.py)
+    does not say which Inception weights gave its FID of 19.42 (see fid.py)
   - the report prints a softmax over the 40 attributes. It sums to 1, and can say at most 1/k to
     each of k attributes of a face. The report's code has sigmoids
   - in the paper, and as the report prints it, D learns the labels y' of fakes, too: --aux 1

@@ -11,9 +11,10 @@ real. G never sees the data: it learns from nothing but D's verdict.
 
 x is a real image, and E is the mean over all x, or all z. D wants this value large, and G wants it
 small. In theory, if the networks could be any functions, the game ends in an equilibrium: fakes are
-distributed like the data, and D can only say 1/2. In practice it never quite settles, and may end
-in mode collapse: all fakes look alike. Each network has a loss, which its training makes small. D's
-is the binary cross-entropy of a classifier, with the labels 1 for real and 0 for fake:
+distributed like the data, and D can only say 1/2. (Against the best D, G makes the Jensen-Shannon
+divergence of the two distributions small, says Sec. 4.1.) In practice it never quite settles, and
+may end in mode collapse: all fakes look alike. Each network has a loss, which its training makes
+small. D's is the binary cross-entropy of a classifier, with the labels 1 for real and 0 for fake:
 
     L_D = -E[log D(x)] - E[log(1 - D(G(z)))]    Eq. 1, for D
     L_G =  E[log(1 - D(G(z)))]                  Eq. 1, for G: the saturating loss (--saturating)

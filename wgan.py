@@ -5,7 +5,8 @@ D becomes a critic: it gives an image a score, any number, high for real ones. T
 mean scores of real and of fake images measures how far apart the two distributions are, by the
 Wasserstein-1 or Earth Mover's distance. If they were heaps of earth, this would be the least work
 (amount times distance) that turns one into the other. W falls as the fakes approach the data, even
-while D recognises every one of them: its slope does not vanish. So D may be trained thoroughly.
+while D can tell every one of them: there the Jensen-Shannon divergence (gan_mlp.py) is constant,
+log 2, but W has a slope. So D may be trained thoroughly.
 
 D must be K-Lipschitz: the scores of two images differ at most K times as much as the images do.
 Without this bound D could widen the gap just by larger scores. With it, the largest possible gap is
