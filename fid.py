@@ -73,7 +73,8 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 # --- the distances --------------------------------------------------------------------------------
 
-Statistics = namedtuple("Statistics", "n mu sigma features weights")  # None where not known
+# None where not known. size: width and height of the images that saved statistics are of.
+Statistics = namedtuple("Statistics", "n mu sigma features weights size", defaults=[None] * 3)
 
 
 def statistics(batches, weights=None):
@@ -230,7 +231,8 @@ def open_source(name, args, n=None, usual_size=None):
     args.size, or else their own; the size of the Source is then the first image's.
     """
     if os.path.isfile(name):
-        return Source(name, known=load_statistics(name))
+        known = load_statistics(name)
+        return Source(name, size=known.size, known=known)
     if name in SETS:
         size = args.size or usual_size or SETS[name]
         images = load_images(name, size, args.root, args.split).images[:n]
@@ -266,13 +268,14 @@ def feature_batches(source, net, device):
 
 
 def load_statistics(path):
-    """A .npz file with mu and sigma, as pytorch-fid writes it; our own also have n and weights."""
+    """A .npz file with mu and sigma, as pytorch-fid writes it; ours have n, weights, size, too."""
     try:
         with np.load(path) as saved:
             mu, sigma = (torch.from_numpy(saved[key].astype(np.float64, casting="same_kind"))
                          for key in ("mu", "sigma"))  # complex numbers are refused
             n = int(saved["n"]) if "n" in saved else None
             weights = str(saved["weights"]) if "weights" in saved else None
+            size = tuple(saved["size"].tolist()) if "size" in saved else None
     except Exception as error:  # another file can make numpy raise anything
         user_error(f"{path} is not a .npz file with mu and sigma: {error!r:.200}")
     if mu.shape != (2048,) or sigma.shape != (2048, 2048):
@@ -281,7 +284,7 @@ def load_statistics(path):
     right = all(x.isfinite().all() for x in (mu, sigma)) and torch.allclose(sigma, sigma.T)
     if not right or torch.linalg.eigvalsh(sigma).min() < -1e-6 * sigma.trace():
         user_error(f"{path}: mu and sigma are not a mean and a covariance")
-    return Statistics(n, mu, sigma, None, weights)
+    return Statistics(n, mu, sigma, None, weights, size)
 
 
 # --- the quality index ----------------------------------------------------------------------------
@@ -404,7 +407,8 @@ def report_scores(args):
     of_real = measure(real)
     if args.save:
         with open(args.save, "wb") as file:  # by its name alone, savez() would add an .npz to it
-            np.savez(file, mu=of_real.mu, sigma=of_real.sigma, n=of_real.n, weights=weights)
+            np.savez(file, mu=of_real.mu, sigma=of_real.sigma, n=of_real.n, weights=weights,
+                     size=real.size)
         print(f"{of_real.n} images -> {args.save}")
     for fake in fakes:
         yield compare(real, of_real, fake, measure(fake), min(all_weights, default=PUBLISHED))
@@ -516,8 +520,8 @@ def load_images(name, size, root="data", split="train"):
     if os.path.exists(root) and not os.access(root, os.W_OK):  # as Kaggle's input
         root = "data"
     file = Path(root) / "prepared" / f"{Path(name).name[:40]}-{size}-{split}-{key}.pt"
-    try:  # a changed image has another key. mmap: it is read from disk when needed
-        saved = torch.load(file, mmap=True, weights_only=True)
+    try:  # a changed image has another key. Changed code has not: then delete the file
+        saved = torch.load(file, mmap=True, weights_only=True)  # mmap: read from disk when needed
     except Exception:  # there is no such file yet, or it is damaged
         file.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=file.parent) as pixels:
@@ -538,7 +542,7 @@ def save(content, file):
         torch.save(content, part)
         os.replace(part, file)
     except (OSError, RuntimeError) as error:  # torch calls a full disk a RuntimeError
-        user_error(f"{file} cannot be written: {error}")
+        user_error(f"{file} cannot be written (is the disk full?): {error}")
     finally:
         part.unlink(missing_ok=True)  # it is still there after an error, or Ctrl-C
 
@@ -654,14 +658,15 @@ def find_folder(name):
     parts = {file: os.path.relpath(file, name).split(os.sep) for file in list_files(name)}
     inside = [p[0] for p in parts.values() if p[1:]]
     names = sorted(set(inside))
-    # In train, or in a single folder, sub-folders are meant as the labels: say so. (train first)
-    for top, *rest in sorted(parts.values(), key=lambda p: p[0].lower() != "train"):
-        of_a_set = top.lower() in ("train", "test", "val", "valid", "validation")
-        if len(rest) > 1 and (of_a_set or names == [top]):
-            user_error(f"--data {name}: the labels are one folder deeper; give {name}/{top}")
     if names and (len(inside) <= len(parts) / 2 or len(names) > 1000):
         print(f"no labels: {len(names)} sub-folders have {len(inside)} of the {len(parts)} files")
         names = []
+    # train and test are no labels, and a single folder with sub-folders is none. (train first)
+    splits = {"train", "test", "val", "valid", "validation"}
+    for top, *rest in sorted(parts.values(), key=lambda p: p[0].lower() != "train"):
+        deeper = len(rest) > 1 and (top.lower() in splits or names == [top])
+        if deeper or names and rest and splits.issuperset(map(str.lower, names)):
+            user_error(f"--data {name}: the images are one folder deeper; give {name}/{top}")
     column = {label: k for k, label in enumerate(names)}
     files = [file for file in parts if parts[file][0] in column or not names]
     if len(files) < len(parts):

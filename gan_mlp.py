@@ -195,14 +195,14 @@ def steps(args, data, draw, to_save, grid=None, measure=lambda: {}):
     """What train()'s loop runs over. Each turn gets an empty dict, to fill with numbers (tensors).
 
     Every 1 % of the run it logs their averages, draws and saves. --generate only draws, no step.
-    draw(n): n images (n, C, size, size) in [-1, 1]. to_save: {name: network or optimiser}.
-    grid(): the picture's images (rows, columns, C, size, size), by default 8 x 8 of draw().
-    measure(): further columns of losses.csv, {name: number}, by default none.
+    draw(n): n images (n, C, size, size) in [-1, 1], while to_save["G"], no other, is in eval mode.
+    to_save: {name: network or optimiser}. grid(): the picture's images (rows, columns, C, size,
+    size), by default 8 x 8 of draw(). measure(): further columns of losses.csv, {name: number}.
     """
     saved, out, batch, total = args.checkpoint, Path(args.out), args.batch * RANKS, args.steps
     for name, state in saved.get("state", {}).items():
-        if name.startswith("opt"):
-            state["param_groups"][0]["lr"] = to_save[name].defaults["lr"]  # today's --lr counts
+        if name.startswith("opt") and args.lr != saved["settings"]["lr"]:  # a new --lr counts
+            state["param_groups"][0]["lr"] = to_save[name].defaults["lr"]
         to_save[name].load_state_dict(state)
     if args.generate:
         if RANK == 0:
@@ -214,7 +214,7 @@ def steps(args, data, draw, to_save, grid=None, measure=lambda: {}):
     def look():  # columns of losses.csv (spread: do fakes differ?), and the picture
         with preview(args, to_save["G"]):
             fakes = draw(64)
-            columns = {"spread": float(fakes.std(0).mean() / real.std(0).mean()), **measure()}
+            columns = {"spread": fakes.std(0).mean() / real.std(0).mean(), **measure()}
             return columns, grid() if grid else fakes.unflatten(0, (8, 8))
 
     if RANK == 0:
@@ -226,8 +226,7 @@ def steps(args, data, draw, to_save, grid=None, measure=lambda: {}):
 
     every, numbers, start = math.ceil(total / 100), [], time.perf_counter()
     for step in range(done + 1, total + 1):
-        # A seed for each step, so that a resumed run draws the same numbers; and for each process.
-        # hash() makes one number of them; of ints it is the same everywhere.
+        # Each step has its own seed: a resumed run draws the same. hash() of ints never varies.
         torch.manual_seed(hash((args.seed, step, RANK)))
         log = {}
         yield log
@@ -237,7 +236,7 @@ def steps(args, data, draw, to_save, grid=None, measure=lambda: {}):
             numbers.clear()
             if RANK == 0:
                 columns, picture = look()
-                means |= columns
+                means |= {name: float(value) for name, value in columns.items()}
                 rows.append({"step": step, **means})
                 rate = (step - done) / (time.perf_counter() - start)  # steps per second
                 speed = f"{(total - step) / rate / 60:.1f} min left  {batch * rate:.0f} images/s"
@@ -284,7 +283,7 @@ def save(content, file):
         torch.save(content, part)
         os.replace(part, file)
     except (OSError, RuntimeError) as error:  # torch calls a full disk a RuntimeError
-        user_error(f"{file} cannot be written: {error}")
+        user_error(f"{file} cannot be written (is the disk full?): {error}")
     finally:
         part.unlink(missing_ok=True)  # it is still there after an error, or Ctrl-C
 
@@ -317,7 +316,7 @@ def preview(args, G):
 def generate(args, draw, G):
     """--generate N: N numbered images, in place of earlier ones. draw may be {folder: draw}."""
     folder = Path(args.out) / "generated"
-    for old in folder.rglob("[0-9]*.png"):
+    for old in folder.glob("*/[0-9]*.png" if isinstance(draw, dict) else "[0-9]*.png"):
         old.unlink()
     with preview(args, G):
         for name, draw_some in (draw if isinstance(draw, dict) else {".": draw}).items():
@@ -362,8 +361,8 @@ def load_images(name, size, root="data", split="train"):
     if os.path.exists(root) and not os.access(root, os.W_OK):  # as Kaggle's input
         root = "data"
     file = Path(root) / "prepared" / f"{Path(name).name[:40]}-{size}-{split}-{key}.pt"
-    try:  # a changed image has another key. mmap: it is read from disk when needed
-        saved = torch.load(file, mmap=True, weights_only=True)
+    try:  # a changed image has another key. Changed code has not: then delete the file
+        saved = torch.load(file, mmap=True, weights_only=True)  # mmap: read from disk when needed
     except Exception:  # there is no such file yet, or it is damaged
         file.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=file.parent) as pixels:
@@ -488,14 +487,15 @@ def find_folder(name):
     parts = {file: os.path.relpath(file, name).split(os.sep) for file in list_files(name)}
     inside = [p[0] for p in parts.values() if p[1:]]
     names = sorted(set(inside))
-    # In train, or in a single folder, sub-folders are meant as the labels: say so. (train first)
-    for top, *rest in sorted(parts.values(), key=lambda p: p[0].lower() != "train"):
-        of_a_set = top.lower() in ("train", "test", "val", "valid", "validation")
-        if len(rest) > 1 and (of_a_set or names == [top]):
-            user_error(f"--data {name}: the labels are one folder deeper; give {name}/{top}")
     if names and (len(inside) <= len(parts) / 2 or len(names) > 1000):
         print(f"no labels: {len(names)} sub-folders have {len(inside)} of the {len(parts)} files")
         names = []
+    # train and test are no labels, and a single folder with sub-folders is none. (train first)
+    splits = {"train", "test", "val", "valid", "validation"}
+    for top, *rest in sorted(parts.values(), key=lambda p: p[0].lower() != "train"):
+        deeper = len(rest) > 1 and (top.lower() in splits or names == [top])
+        if deeper or names and rest and splits.issuperset(map(str.lower, names)):
+            user_error(f"--data {name}: the images are one folder deeper; give {name}/{top}")
     column = {label: k for k, label in enumerate(names)}
     files = [file for file in parts if parts[file][0] in column or not names]
     if len(files) < len(parts):

@@ -47,7 +47,7 @@ TABLE = [
     ("--data empty", "empty: "),
     ("--data words", "words: "),
     ("--data broken", "broken: "),
-    ("--data pets", "the labels are one folder deeper; give pets/train"),
+    ("--data pets", "the images are one folder deeper; give pets/train"),
     ("--data celeba --root empty", "no img_align_celeba with images below empty"),
     ("--size 33", "argument --size: invalid choice"),
     ("--size 8", "argument --size: invalid choice"),

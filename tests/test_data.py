@@ -555,6 +555,16 @@ def test_train_and_test_folders_are_no_labels(tmp_path, capsys, other):
     assert f"give {pets}/{other}" in refused(capsys, str(pets), 16, tmp_path)
 
 
+def test_train_and_test_without_labels_are_not_mixed(tmp_path, capsys):
+    pets = tmp_path / "pets"
+    pictures(pets, "test/1.png", "train/1.png", "train/2.png")
+    assert f"one folder deeper; give {pets}/train" in refused(capsys, str(pets), 16, tmp_path)
+    pictures(pets, "car/1.png", "car/2.png")  # among others, train may be a class
+    assert prepared(pets).names == ["car", "test", "train"]
+    pictures(tmp_path / "mine", "1.png", "2.png", "3.png", "test/1.png")
+    assert len(prepared(tmp_path / "mine").images) == 4
+
+
 def test_a_set_that_is_wrapped_once_is_refused(tmp_path, capsys):
     pictures(tmp_path / "x", "dataset/cat/1.png", "dataset/dog/1.png")
     (tmp_path / "x" / "readme.txt").write_text("cats and dogs")

@@ -513,8 +513,18 @@ def test_statistics_are_saved_and_read_as_pytorch_fid_does(quick, tmp_path, caps
     np.savez_compressed(theirs, mu=mu, sigma=sigma)
     shown = run(capsys, theirs, saved)
     assert shown.out == (
-        "FID 0.00   (inception-2015-12-05, bilinear 299, ?x? px, "
+        "FID 0.00   (inception-2015-12-05, bilinear 299, 20x16 px, "
         f"? of {theirs} vs 30 of {saved})\n")
+    assert "?x? px" in run(capsys, theirs, theirs).out
+
+
+def test_saved_statistics_know_the_size_of_their_images(quick, tmp_path, capsys):
+    real, fake = fill(tmp_path / "real", 30), fill(tmp_path / "fake", 20, size=(24, 24))
+    saved = tmp_path / "real.npz"
+    run(capsys, real, "--save", saved)
+    for sets in ((real, fake), (saved, fake), (fake, saved)):
+        assert "--size makes them equal" in run(capsys, *sets).err
+    assert "makes them equal" not in run(capsys, saved, real).err
 
 
 def test_statistics_are_saved_under_the_very_name_that_is_given(quick, tmp_path, capsys):

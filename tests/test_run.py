@@ -249,7 +249,7 @@ def test_a_full_disk_is_one_line_and_the_checkpoint_before_stays(tmp_path, monke
     capsys.readouterr()
     assert call(dcgan, "--resume", "--steps", 2, "--out", "run") == 2
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "run/checkpoint.pt cannot be written: " in error
+    assert error.count("\n") == 1 and "run/checkpoint.pt cannot be written (is the disk full?): " in error
     assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == before
     assert not list((tmp_path / "run").glob(".*"))  # nor half a one
     assert call(dcgan, "--steps", 2, *SMALL, "--root", "new", "--out", "other") == 2
@@ -282,6 +282,38 @@ def test_resume_takes_another_learning_rate(tmp_path, monkeypatch):
         assert call(dcgan, "--resume", "--steps", step, *flags, "--out", "run") == 0
         state = torch.load("run/checkpoint.pt")["state"]
         assert [state[opt]["param_groups"][0]["lr"] for opt in ("opt_G", "opt_D")] == [rate, rate]
+
+
+def test_resume_keeps_what_a_scheduler_made_of_the_learning_rate(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert call(dcgan, "--steps", 1, *SMALL, "--out", "run") == 0
+    saved = torch.load("run/checkpoint.pt")
+    saved["state"]["opt_G"]["param_groups"][0]["lr"] = 1e-6
+    torch.save(saved, "run/checkpoint.pt")
+    assert call(dcgan, "--resume", "--steps", 2, "--out", "run") == 0
+    assert torch.load("run/checkpoint.pt")["state"]["opt_G"]["param_groups"][0]["lr"] == 1e-6
+
+
+def test_a_column_may_be_a_numpy_number(tmp_path, monkeypatch):
+    """A checkpoint with one could not be read again."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(dcgan, "steps", functools.partial(
+        dcgan.steps, measure=lambda: {"norm": np.float64(0.5)}))
+    assert call(dcgan, "--steps", 1, *SMALL, "--out", "run") == 0
+    assert call(dcgan, "--generate", 2, "--out", "run") == 0
+    assert torch.load("run/checkpoint.pt", weights_only=True)["rows"][-1]["norm"] == 0.5
+
+
+def test_generate_removes_its_own_images_only(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert call(dcgan, "--steps", 1, *SMALL, "--out", "run") == 0
+    assert call(dcgan, "--generate", 3, "--out", "run") == 0
+    best = Path("run/generated/best")
+    best.mkdir()
+    shutil.copy("run/generated/00001.png", best)
+    assert call(dcgan, "--generate", 2, "--out", "run") == 0
+    assert sorted(path.name for path in best.parent.iterdir()) == ["00000.png", "00001.png", "best"]
+    assert list(best.iterdir()) == [best / "00001.png"]
 
 
 def test_a_run_is_never_overwritten(tmp_path, monkeypatch, capsys):
