@@ -249,7 +249,8 @@ def test_a_full_disk_is_one_line_and_the_checkpoint_before_stays(tmp_path, monke
     capsys.readouterr()
     assert call(dcgan, "--resume", "--steps", 2, "--out", "run") == 2
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "run/checkpoint.pt cannot be written (is the disk full?): " in error
+    assert error.count("\n") == 1
+    assert "run/checkpoint.pt cannot be written (is the disk full?): " in error
     assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == before
     assert not list((tmp_path / "run").glob(".*"))  # nor half a one
     assert call(dcgan, "--steps", 2, *SMALL, "--root", "new", "--out", "other") == 2
