@@ -73,8 +73,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 # --- the distances --------------------------------------------------------------------------------
 
-# None where not known. size: width and height of the images that saved statistics are of.
-Statistics = namedtuple("Statistics", "n mu sigma features weights size", defaults=[None] * 3)
+Statistics = namedtuple("Statistics", "n mu sigma features weights")  # None where not known
 
 
 def statistics(batches, weights=None):
@@ -182,9 +181,8 @@ def load_inception(path, device):
 
 
 def to_input(images, device):
-    """uint8 images (C, H, W), a list or a tensor of them -> (B, 3, 299, 299) in [-1, 1].
-
-    Bilinear, not antialiased. Images of different sizes are resized one by one, and so are large
+    """uint8 images (C, H, W), a list or a tensor of them -> (B, 3, 299, 299) in [-1, 1]: bilinear,
+    not antialiased. Images of different sizes are resized one by one, and so are large
     photographs, because a batch of them as floats fills gigabytes.
     """
     if len(images) > 1 and (len({x.shape for x in images}) > 1 or images[0].numel() > 1_000_000):
@@ -226,13 +224,12 @@ Source = namedtuple("Source", "name total size batches known", defaults=[None] *
 
 def open_source(name, args, n=None, usual_size=None):
     """A data set's name, a folder or a file of statistics -> a Source. n: take n random images.
-
     A data set's images have args.size, or else usual_size, or else that of SETS. A folder's have
     args.size, or else their own; the size of the Source is then the first image's.
     """
     if os.path.isfile(name):
-        known = load_statistics(name)
-        return Source(name, size=known.size, known=known)
+        known, size = load_statistics(name)
+        return Source(name, size=size and tuple(size), known=known)
     if name in SETS:
         size = args.size or usual_size or SETS[name]
         images = load_images(name, size, args.root, args.split).images[:n]
@@ -268,14 +265,13 @@ def feature_batches(source, net, device):
 
 
 def load_statistics(path):
-    """A .npz file with mu and sigma, as pytorch-fid writes it; ours have n, weights, size, too."""
+    """A .npz file -> Statistics, size of the images. pytorch-fid's have mu and sigma alone."""
     try:
         with np.load(path) as saved:
             mu, sigma = (torch.from_numpy(saved[key].astype(np.float64, casting="same_kind"))
                          for key in ("mu", "sigma"))  # complex numbers are refused
-            n = int(saved["n"]) if "n" in saved else None
-            weights = str(saved["weights"]) if "weights" in saved else None
-            size = tuple(saved["size"].tolist()) if "size" in saved else None
+            n, weights, size = (saved[key].tolist() if key in saved else None
+                                for key in ("n", "weights", "size"))
     except Exception as error:  # another file can make numpy raise anything
         user_error(f"{path} is not a .npz file with mu and sigma: {error!r:.200}")
     if mu.shape != (2048,) or sigma.shape != (2048, 2048):
@@ -284,7 +280,7 @@ def load_statistics(path):
     right = all(x.isfinite().all() for x in (mu, sigma)) and torch.allclose(sigma, sigma.T)
     if not right or torch.linalg.eigvalsh(sigma).min() < -1e-6 * sigma.trace():
         user_error(f"{path}: mu and sigma are not a mean and a covariance")
-    return Statistics(n, mu, sigma, None, weights, size)
+    return Statistics(n, mu, sigma, None, weights), size
 
 
 # --- the quality index ----------------------------------------------------------------------------
@@ -327,8 +323,7 @@ def deform(image, rng, alpha=5, sigma=0.9):
 
 def quality_parts(real, rng):
     """Shuffled images, three quarters to train on and a quarter held out, each real and deformed.
-
-    They are shuffled before they are split, and an image and its deformed copy are in one part.
+    An image and its deformed copy are in one part.
     """
     real = real[torch.from_numpy(rng.permutation(len(real))[:10_000])]
     deformed = torch.from_numpy(np.stack([deform(image, rng) for image in real.numpy()]))

@@ -261,7 +261,7 @@ def steps(args, data, draw, to_save, grid=None, measure=lambda: {}):
 
     every, numbers, start = math.ceil(total / 100), [], time.perf_counter()
     for step in range(done + 1, total + 1):
-        # Each step has its own seed: a resumed run draws the same. hash() of ints never varies.
+        # A seed for each step: a resumed run draws the same numbers. hash() of ints never varies.
         torch.manual_seed(hash((args.seed, step, RANK)))
         log = {}
         yield log

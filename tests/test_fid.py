@@ -541,7 +541,7 @@ def test_a_covariance_of_few_images_is_one_for_all_its_rounding(kind, tmp_path):
     """Most eigenvalues are 0, so rounding makes about half of these negative."""
     x = features(30, 2048)
     np.savez(tmp_path / "few.npz", mu=x.mean(0), sigma=x.T.cov().numpy().astype(kind))
-    sigma = fid.load_statistics(tmp_path / "few.npz").sigma
+    sigma = fid.load_statistics(tmp_path / "few.npz")[0].sigma
     assert torch.linalg.eigvalsh(sigma).min() < 0 and sigma.dtype == torch.float64
 
 
